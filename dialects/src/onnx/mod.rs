@@ -1,0 +1,6 @@
+//! The `onnx` dialect (the default ONNX domain): one file per op or family of siblings, and one line here.
+
+use crate::ops::OpDef;
+
+/// Every family of ops in this dialect.
+pub const FAMILIES: &[&[OpDef]] = &[];
