@@ -1,1 +1,273 @@
-//! p
+//! The passes of qcc: one file per pass, `awq.rs` is `--pass awq`.
+//!
+//! A pass is either exact (the same function over the reals) or lossy, and says which. It sees the outside
+//! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
+
+pub mod linear;
+pub mod report;
+pub mod rewrite;
+
+use dialects::exec::ExecError;
+use dialects::ir::{Module, Op, OpName, Value};
+use dialects::ops::{Item, Ops};
+pub use report::{Report, WeightReport};
+use serde::de::DeserializeOwned;
+use std::collections::BTreeSet;
+use thiserror::Error;
+
+/// Whether a pass keeps the function that a model computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exactness {
+    /// The same function over the reals; floats may round differently.
+    Exact,
+    /// Another function, close to the first; the pass reports how close.
+    Lossy,
+}
+
+/// Whether a pass changed the module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Changed {
+    /// It did.
+    Yes,
+    /// It did not.
+    No,
+}
+
+/// Ops that a pass works on or leaves behind, by full name, such as `onnx.MatMul`.
+pub type OpSet = BTreeSet<&'static str>;
+
+/// Why a pass gave up. The module is then not to be used.
+#[derive(Debug, Error)]
+pub enum PassError {
+    /// The pass found nothing to work on.
+    #[error("{pass} matched nothing: {why}")]
+    Nothing {
+        /// The pass.
+        pass: &'static str,
+        /// Why, and what to do about it.
+        why: String,
+    },
+    /// An op or tensor that the pass cannot work with.
+    #[error("{pass}: {what:?}: {why}")]
+    At {
+        /// The pass.
+        pass: &'static str,
+        /// The node or tensor.
+        what: String,
+        /// What was expected and what was found.
+        why: String,
+    },
+    /// An option with a value that makes no sense.
+    #[error("{pass}: option {option}: {why}")]
+    Option {
+        /// The pass.
+        pass: &'static str,
+        /// The option.
+        option: &'static str,
+        /// What was expected and what was found.
+        why: String,
+    },
+    /// Running the model on calibration data failed.
+    #[error("calibration: {0}")]
+    Exec(#[from] ExecError),
+    /// The outside world failed: scratch space, calibration data, an interrupt.
+    #[error("{0}")]
+    Env(String),
+}
+
+/// What the outside world gives to passes.
+pub trait Env: Sync {
+    /// Runs the model on every calibration sample, in order, and streams the values `wanted` of the top region.
+    /// Fails when there is no calibration data, and says what to give.
+    fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError>;
+
+    /// A zeroed buffer of `len` bytes that does not count as anonymous memory when it is large.
+    fn scratch(&self, len: usize) -> Result<Box<dyn Scratch>, PassError>;
+
+    /// Starts a task of `total` steps that the user may want to watch.
+    fn progress(&self, task: &str, total: u64) -> Box<dyn Progress>;
+}
+
+/// Receives each wanted value of each calibration batch.
+pub type CalibSink<'a> = dyn FnMut(Value, &Item) -> Result<(), ExecError> + 'a;
+
+/// A buffer to fill once and then share.
+pub trait Scratch: Send {
+    /// The bytes, to be written.
+    fn bytes(&mut self) -> &mut [u8];
+
+    /// Makes it a tensor source.
+    fn freeze(self: Box<Self>) -> std::sync::Arc<dyn dialects::ir::TensorSource>;
+}
+
+/// A task under way.
+pub trait Progress: Send + Sync {
+    /// `steps` more are done. Returns whether to go on; `false` after an interrupt.
+    fn advance(&self, steps: u64) -> bool;
+}
+
+/// Settings that hold for the whole pipeline.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Go on when a quantizing pass finds nothing to work on.
+    pub allow_noop: bool,
+    /// Keep a scale that has no place as a `Mul`.
+    pub allow_mul: bool,
+    /// The int8-activation level written into packed ops (`accuracy_level`), from the profile.
+    pub accuracy_level: i64,
+    /// Write scales as f16 behind a Cast.
+    pub f16_scales: bool,
+    /// One quantized blob for a tied embedding and head.
+    pub tied_shared: bool,
+    /// Raise no opset; a form that needs a newer one is an error.
+    pub keep_opset: bool,
+}
+
+/// What a pass sees beside the module.
+pub struct PassCx<'a> {
+    /// All known ops.
+    pub ops: &'a Ops,
+    /// The outside world.
+    pub env: &'a dyn Env,
+    /// Settings of the pipeline.
+    pub settings: &'a Settings,
+    /// What the pass says it did, and left.
+    pub report: &'a mut Report,
+}
+
+/// A pass. The struct that implements it *is* its option set: see [`PassDef`].
+pub trait Pass: Send + Sync {
+    /// The name, in kebab-case.
+    fn name(&self) -> &'static str;
+    /// One line for `--list-passes`.
+    fn summary(&self) -> &'static str;
+    /// Whether it keeps the function.
+    fn exactness(&self) -> Exactness;
+    /// Ops that it works on.
+    fn consumes(&self) -> OpSet {
+        OpSet::new()
+    }
+    /// Ops that it leaves behind.
+    fn produces(&self) -> OpSet {
+        OpSet::new()
+    }
+    /// Whether it runs the model on calibration data.
+    fn needs_calibration(&self) -> bool {
+        false
+    }
+    /// Changes the module.
+    fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError>;
+}
+
+/// A registered pass: its name and summary, its options with their defaults, and how to make one.
+#[derive(Clone, Copy)]
+pub struct PassDef {
+    /// The name, in kebab-case.
+    pub name: &'static str,
+    /// The options with their default values, as JSON.
+    pub defaults: fn() -> serde_json::Value,
+    /// Makes the pass from options that are given (a JSON object); the rest take their defaults.
+    pub make: fn(serde_json::Value) -> Result<Box<dyn Pass>, String>,
+}
+
+impl PassDef {
+    /// The definition of `P`, whose fields are its options.
+    pub fn of<P: Pass + Default + serde::Serialize + DeserializeOwned + 'static>(
+        name: &'static str,
+    ) -> PassDef {
+        PassDef {
+            name,
+            defaults: || serde_json::to_value(P::default()).expect("options are plain data"),
+            make: |options| match serde_json::from_value::<P>(options) {
+                Ok(pass) => Ok(Box::new(pass)),
+                Err(e) => Err(e.to_string()),
+            },
+        }
+    }
+}
+
+/// Every pass of this crate, in the order of `--list-passes`.
+pub const PASSES: &[fn() -> PassDef] = &[];
+
+/// Which ops a quantizing pass may touch: `only` and `skip`, patterns with `*` matched against the node's name, the
+/// weight's name and the op type. Part of every quantizing pass's options (`#[serde(flatten)]` it).
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Filter {
+    /// When not empty, only what matches one of these.
+    pub only: Vec<String>,
+    /// Never what matches one of these.
+    pub skip: Vec<String>,
+}
+
+impl Filter {
+    /// Why an op with these names is not to be touched; `None` when it is.
+    pub fn refuses(&self, names: &[&str], op: &OpName) -> Option<String> {
+        let hit = |p: &&String| names.iter().copied().chain([op.op(), op.as_str()]).any(|n| glob(p, n));
+        if let Some(p) = self.skip.iter().find(hit) {
+            return Some(format!("skipped by the pattern {p:?}"));
+        }
+        if !self.only.is_empty() && !self.only.iter().any(|p| hit(&p)) {
+            return Some("not among the patterns of `only`".into());
+        }
+        None
+    }
+}
+
+/// Whether `text` matches `pattern`, where `*` stands for any run of characters.
+pub fn glob(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = text.strip_prefix(first) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(i) => rest = &rest[i + part.len()..],
+            None => return false,
+        }
+    }
+    rest.len() >= last.len() && rest.ends_with(last)
+}
+
+impl PassCx<'_> {
+    /// Counts something that the pass did, for `--stats`.
+    pub fn count(&mut self, what: &str, n: u64) {
+        self.report.count(what, n);
+    }
+
+    /// Reports a weight-bearing op that stays as it is, and why.
+    pub fn left(&mut self, m: &Module, op: Op, why: impl Into<String>) {
+        let data = &m.ops[op];
+        self.report.leave(data.loc.clone(), data.name.clone(), why.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn globs() {
+        for (pattern, text, want) in [
+            ("*", "", true),
+            ("a*c", "abc", true),
+            ("a*c", "ab", false),
+            ("abc", "abcd", false),
+            ("*layers.1*", "/model/layers.1/q", true),
+            ("a*a", "a", false),
+            ("*b*b", "abb", true),
+        ] {
+            assert_eq!(glob(pattern, text), want, "{pattern} {text}");
+        }
+    }
+
+    #[test]
+    fn skip_beats_only() {
+        let f = Filter { only: vec!["MatMul".into()], skip: vec!["*head*".into()] };
+        let op = OpName::new("onnx", "MatMul");
+        assert!(f.refuses(&["/layer/q"], &op).is_none());
+        assert!(f.refuses(&["/lm_head"], &op).is_some());
+        assert!(f.refuses(&["/layer/q"], &OpName::new("onnx", "Gemm")).is_some());
+    }
+}
