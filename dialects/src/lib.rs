@@ -6,7 +6,11 @@
 
 pub mod exec;
 pub mod ir;
+pub mod kernels;
 pub mod onnx;
 pub mod ops;
 pub mod quant;
 pub mod tensor;
+
+#[cfg(test)]
+mod testing;

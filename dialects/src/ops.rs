@@ -161,6 +161,9 @@ pub struct EvalCx<'a> {
     pub outputs: usize,
     /// The module's constants, for attributes that are tensors.
     pub consts: &'a ConstPool,
+    /// Whether ops compute over the reals what they say, leaving out the roundings that a runtime may add (the
+    /// int8 activations of `accuracy_level` 4).
+    pub exact: bool,
     /// Runs a nested region on these inputs; values of the regions around it are visible to it.
     pub region: &'a dyn Fn(Region, Vec<Item>) -> Evaluated,
 }

@@ -10,12 +10,18 @@ use std::collections::{HashMap, HashSet};
 /// Runs modules op by op.
 pub struct Interpreter {
     ops: Ops,
+    exact: bool,
 }
 
 impl Interpreter {
     /// An interpreter of these ops.
     pub fn new(ops: Ops) -> Interpreter {
-        Interpreter { ops }
+        Interpreter { ops, exact: false }
+    }
+
+    /// The same, leaving out the roundings that a runtime may add (see [`EvalCx::exact`]) if `exact`.
+    pub fn exact(self, exact: bool) -> Interpreter {
+        Interpreter { exact, ..self }
     }
 }
 
@@ -34,6 +40,7 @@ struct Plan {
 
 struct Ready<'m> {
     m: &'m Module,
+    exact: bool,
     plan: Plan,
     /// Plans of nested regions.
     nested: HashMap<Region, Plan>,
@@ -43,7 +50,7 @@ impl Executor for Interpreter {
     fn prepare<'m>(&'m self, m: &'m Module, wanted: &[Value]) -> Result<Box<dyn Prepared + 'm>, ExecError> {
         let mut nested = HashMap::new();
         let plan = plan(m, &self.ops, m.top, wanted, &mut nested)?;
-        Ok(Box::new(Ready { m, plan, nested }))
+        Ok(Box::new(Ready { m, exact: self.exact, plan, nested }))
     }
 }
 
@@ -185,6 +192,7 @@ impl Ready<'_> {
             inputs: &inputs,
             outputs: data.results.len(),
             consts: &self.m.consts,
+            exact: self.exact,
             region: &region,
         };
         let items = (step.def.eval)(&cx).map_err(fail)?;

@@ -2,5 +2,9 @@
 
 use crate::ops::OpDef;
 
+mod matmul;
+mod normalization;
+mod softmax;
+
 /// Every family of ops in this dialect.
-pub const FAMILIES: &[&[OpDef]] = &[];
+pub const FAMILIES: &[&[OpDef]] = &[matmul::OPS, normalization::OPS, softmax::OPS];

@@ -1,0 +1,5 @@
+//! The inner loops that ops share. Every kernel gives the same bits for any number of threads: work is cut into
+//! tiles of a size that depends on shapes alone, and a float sum is never split over threads.
+
+pub mod gemm;
+pub mod row;

@@ -1,0 +1,112 @@
+//! LayerNormalization and RMSNormalization: over all dims from `axis` on. Computed in single precision.
+//!
+//! `Y = (X - mean) / sqrt(variance + epsilon) * scale + bias`; RMSNormalization has no mean and no bias.
+
+use super::softmax::{dim_index, task_rows};
+use crate::ir::{Dim, Elem, Type};
+use crate::kernels::row;
+use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
+use crate::tensor::Tensor;
+use rayon::prelude::*;
+
+/// The ops of this file.
+pub const OPS: &[OpDef] = &[
+    OpDef {
+        name: "onnx.LayerNormalization",
+        operands: (2, 3),
+        results: (1, 3),
+        infer,
+        eval: |cx| eval(cx, true),
+        ..OpDef::NEW
+    },
+    OpDef {
+        name: "onnx.RMSNormalization",
+        operands: (2, 2),
+        infer,
+        eval: |cx| eval(cx, false),
+        ..OpDef::NEW
+    },
+];
+
+fn infer(cx: &InferCx) -> Inferred {
+    let mut facts = vec![cx.ty(0).clone().into()];
+    let Some(dims) = cx.dims(0) else { return Ok(facts) };
+    let axis = dim_index(cx.attrs.int("axis").unwrap_or(-1), dims.len())?;
+    let kept = |(i, d): (usize, &Dim)| if i < axis { d.clone() } else { Dim::Known(1) };
+    // Mean and inverse deviation are in the type the sums were stashed in.
+    let stash = cx.attrs.int("stash_type").unwrap_or(1);
+    if let Some(elem) = i32::try_from(stash).ok().and_then(Elem::from_onnx) {
+        let ty = Type::tensor(elem, dims.iter().enumerate().map(kept));
+        facts.resize(3, ty.into());
+    }
+    Ok(facts)
+}
+
+/// `t` as one f32 per element of `dims`, to which it must broadcast.
+fn spread(t: &Tensor, dims: &[usize]) -> Result<Vec<f32>, OpError> {
+    let values = t.to_f32()?;
+    let wrong =
+        || OpError::invalid(format!("a tensor of shape {:?} does not broadcast to {dims:?}", t.shape()));
+    // Leading ones do not count; what is left must be at most the dims' rank.
+    let ones = t.shape().iter().take_while(|&&n| n == 1).count();
+    let own = &t.shape()[ones.min(t.rank().saturating_sub(dims.len()))..];
+    if own == dims {
+        return Ok(values.into_owned());
+    }
+    let lead = dims.len().checked_sub(own.len()).ok_or_else(wrong)?;
+    let mut index = vec![0usize];
+    for (i, &n) in dims.iter().enumerate() {
+        let size = if i < lead { 1 } else { own[i - lead] };
+        if size != 1 && size != n {
+            return Err(wrong());
+        }
+        let next = |&base: &usize| (0..n).map(move |j| base * size + if size == 1 { 0 } else { j });
+        index = index.iter().flat_map(next).collect();
+    }
+    Ok(index.into_iter().map(|i| values[i]).collect())
+}
+
+fn eval(cx: &EvalCx, centered: bool) -> Evaluated {
+    let x = cx.input(0)?;
+    let axis = dim_index(cx.int_or("axis", -1), x.rank())?;
+    let (outer, dims) = x.shape().split_at(axis);
+    let epsilon = cx.float_or("epsilon", 1e-5);
+    let scale = spread(cx.input(1)?, dims)?;
+    let bias = cx.opt(2)?.map(|b| spread(b, dims)).transpose()?;
+    let n = scale.len();
+    let mut y = x.to_f32()?.into_owned();
+    let rows: usize = outer.iter().product();
+    let (mut means, mut inverses) = (vec![0f32; rows], vec![0f32; rows]);
+    if n > 0 {
+        let per_task = task_rows(n);
+        let statistics = means.par_chunks_mut(per_task).zip(inverses.par_chunks_mut(per_task));
+        y.par_chunks_mut(per_task * n).zip(statistics).for_each(|(y, (means, inverses))| {
+            let statistics = means.iter_mut().zip(inverses);
+            for (y, (mean, inverse)) in y.chunks_exact_mut(n).zip(statistics) {
+                *mean = if centered { row::sum(y) / n as f32 } else { 0.0 };
+                *inverse = 1.0 / (row::sum_of_squares(y, *mean) / n as f32 + epsilon).sqrt();
+                row::normalize(y, *mean, *inverse, &scale);
+                if let Some(bias) = &bias {
+                    row::add(y, bias);
+                }
+            }
+        });
+    }
+    let y = Tensor::from_f32(x.elem(), x.shape(), y)?;
+    if cx.outputs < 2 {
+        return cx.one(y);
+    }
+    let kept: Vec<usize> = outer.iter().copied().chain(dims.iter().map(|_| 1)).collect();
+    let stash = i32::try_from(cx.int_or("stash_type", 1)).ok().and_then(Elem::from_onnx).unwrap_or(Elem::F32);
+    let mean = Tensor::from_f32(stash, &kept, means)?;
+    let inverse = Tensor::from_f32(stash, &kept, inverses)?;
+    Ok(vec![y.into(), mean.into(), inverse.into()])
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn agrees_with_the_references() {
+        crate::testing::check("normalization");
+    }
+}

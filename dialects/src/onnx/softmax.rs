@@ -1,0 +1,82 @@
+//! Softmax and LogSoftmax. From opset 13 on along one axis; before, over all dims from `axis` on taken as one.
+//!
+//! Computed in single precision, whatever the float type.
+
+use crate::kernels::row;
+use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
+use crate::tensor::Tensor;
+use rayon::prelude::*;
+
+/// The ops of this file.
+pub const OPS: &[OpDef] = &[
+    OpDef { name: "onnx.Softmax", infer: same_type, eval: |cx| along_axis(cx, row::softmax), ..OpDef::NEW },
+    OpDef {
+        name: "onnx.LogSoftmax",
+        infer: same_type,
+        eval: |cx| along_axis(cx, row::log_softmax),
+        ..OpDef::NEW
+    },
+];
+
+/// One result, of the first operand's type.
+pub(crate) fn same_type(cx: &InferCx) -> Inferred {
+    Ok(vec![cx.ty(0).clone().into()])
+}
+
+/// A dim number that may count from the back, as one from the front.
+pub(crate) fn dim_index(axis: i64, rank: usize) -> Result<usize, OpError> {
+    let from_front = if axis < 0 { axis + rank as i64 } else { axis };
+    let ok = usize::try_from(from_front).ok().filter(|&a| a < rank);
+    ok.ok_or_else(|| OpError::invalid(format!("the axis {axis} is out of range for {rank} dims")))
+}
+
+/// How many rows of `n` elements one task works on.
+pub(crate) fn task_rows(n: usize) -> usize {
+    (1usize << 14).div_ceil(n.max(1))
+}
+
+/// Runs `f` on every row of `n` elements, on threads.
+pub(crate) fn each_row(data: &mut [f32], n: usize, f: impl Fn(&mut [f32]) + Sync) {
+    if n > 0 {
+        data.par_chunks_mut(task_rows(n) * n).for_each(|task| task.chunks_exact_mut(n).for_each(&f));
+    }
+}
+
+fn along_axis(cx: &EvalCx, f: fn(&mut [f32])) -> Evaluated {
+    let x = cx.input(0)?;
+    let shape = x.shape();
+    let flatten = cx.opset < 13;
+    let axis = cx.int_or("axis", if flatten { 1 } else { -1 });
+    // A scalar is one row of one element; the old default axis 1 may stand behind the last dim of a vector.
+    let axis = match shape.len() {
+        0 => 0,
+        rank if flatten && axis == rank as i64 => rank,
+        rank => dim_index(axis, rank)?,
+    };
+    let mut data = x.to_f32()?.into_owned();
+    let (n, inner): (usize, usize) = match flatten || shape.is_empty() {
+        true => (shape[axis..].iter().product(), 1),
+        false => (shape[axis], shape[axis + 1..].iter().product()),
+    };
+    if inner == 1 {
+        each_row(&mut data, n, f);
+    } else if !data.is_empty() {
+        data.par_chunks_mut(n * inner).for_each(|block| {
+            let mut line = vec![0f32; n];
+            for i in 0..inner {
+                (0..n).for_each(|j| line[j] = block[j * inner + i]);
+                f(&mut line);
+                (0..n).for_each(|j| block[j * inner + i] = line[j]);
+            }
+        });
+    }
+    cx.one(Tensor::from_f32(x.elem(), shape, data)?)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn agrees_with_the_references() {
+        crate::testing::check("softmax");
+    }
+}

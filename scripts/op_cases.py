@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Writes dialects/testdata/*.cases: single ops with random inputs, and what ONNX Runtime or numpy says of them.
+
+Usage: scripts/op_cases.py [FAMILY..]     needs onnx, onnxruntime and numpy
+The format is described in dialects/src/testing.rs.
+"""
+import pathlib
+import sys
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto as T, helper as h
+
+OUT = pathlib.Path(__file__).resolve().parent.parent / "dialects" / "testdata"
+NAMES = {T.FLOAT: "f32", T.DOUBLE: "f64", T.FLOAT16: "f16", T.BFLOAT16: "bf16", T.INT64: "i64", T.INT32: "i32",
+         T.INT16: "i16", T.INT8: "i8", T.UINT64: "u64", T.UINT32: "u32", T.UINT16: "u16", T.UINT8: "u8",
+         T.BOOL: "bool", T.INT4: "i4", T.UINT4: "u4", T.INT2: "i2", T.UINT2: "u2", T.FLOAT8E4M3FN: "f8e4m3fn",
+         T.FLOAT8E4M3FNUZ: "f8e4m3fnuz", T.FLOAT8E5M2: "f8e5m2", T.FLOAT8E5M2FNUZ: "f8e5m2fnuz",
+         T.FLOAT4E2M1: "f4e2m1"}
+rng = np.random.default_rng(7)
+lines = []
+
+
+def f32(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def proto(x):
+    """A TensorProto, whatever the element type: an ml_dtypes array keeps its own."""
+    return x if isinstance(x, onnx.TensorProto) else onnx.numpy_helper.from_array(np.asarray(x), "x")
+
+
+def text(x):
+    if x is None:
+        return "-"
+    p = proto(x)
+    if not p.HasField("raw_data"):
+        p = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(p))
+    dims = "x".join(map(str, p.dims)) or "."
+    return f"{NAMES[p.data_type]} {dims} {p.raw_data.hex()}".rstrip()
+
+
+def run_ort(op, opset, attrs, inputs, outputs, domain, level=None):
+    """The op as a model of one node, run by ONNX Runtime."""
+    protos = {f"i{i}": proto(x) for i, x in enumerate(inputs) if x is not None}
+    names = [f"i{i}" if x is not None else "" for i, x in enumerate(inputs)]
+    outs = [f"o{i}" for i in range(outputs)]
+    node = h.make_node(op, names, outs, domain=domain, **attrs)
+    inits = []
+    for name, p in protos.items():
+        q = onnx.TensorProto()
+        q.CopyFrom(p)
+        q.name = name
+        inits.append(q)
+    # Everything is an initializer that is also an input: any element type can be given, and nothing is folded.
+    ins = [h.make_tensor_value_info(n, p.data_type, list(p.dims)) for n, p in protos.items()]
+    graph = h.make_graph([node], "g", ins, [onnx.ValueInfoProto(name=o) for o in outs], inits)
+    opsets = [h.make_opsetid("", opset if not domain else 21)] + ([h.make_opsetid(domain, opset)] if domain else [])
+    model = h.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    values = session.run_with_ort_values(None, {})
+    return [to_numpy(v) for v in values]
+
+
+def to_numpy(v):
+    special = {T.BFLOAT16: ml_dtypes.bfloat16, T.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
+               T.FLOAT8E4M3FNUZ: ml_dtypes.float8_e4m3fnuz, T.FLOAT8E5M2: ml_dtypes.float8_e5m2,
+               T.FLOAT8E5M2FNUZ: ml_dtypes.float8_e5m2fnuz}
+    kind = v.element_type()
+    return v.numpy().view(special[kind]) if kind in special else v.numpy()
+
+
+def case(label, op, inputs, outputs=1, opset=21, domain="", want=None, rtol=1e-5, atol=1e-6, compare=None, **attrs):
+    """One case. `want` is the reference's results, else ONNX Runtime computes them."""
+    if want is None:
+        want = run_ort(op, opset, attrs, inputs, outputs, domain)
+    if compare is not None:
+        want = [w if i in compare else None for i, w in enumerate(want)]
+    lines.append(f"case {label} {domain or 'onnx'}.{op} {opset} {outputs} {rtol:g} {atol:g}")
+    for name, v in attrs.items():
+        if isinstance(v, (list, tuple)):
+            kind = "fs" if isinstance(v[0], float) else "ss" if isinstance(v[0], str) else "is"
+            lines.append(f"attr {name} {kind} {' '.join(map(str, v))}")
+        else:
+            kind = "f" if isinstance(v, float) else "s" if isinstance(v, str) else "i"
+            lines.append(f"attr {name} {kind} {v}")
+    lines.extend("in " + text(x) for x in inputs)
+    lines.extend("out " + text(x) for x in want)
+
+
+def matmul():
+    shapes = [((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((2, 3, 4), (2, 4, 5)), ((2, 1, 3, 4), (1, 3, 4, 2)),
+              ((4,), (4, 5)), ((3, 4), (4,)), ((4,), (4,)), ((2, 3, 4), (4,)), ((4,), (2, 4, 3)), ((3, 4), (2, 4, 5)),
+              ((2, 3, 4), (1, 4, 5)), ((1, 1, 4), (2, 4, 3)), ((0, 4), (4, 5))]
+    for a, b in shapes:
+        x, y = f32(*a), f32(*b)
+        case(f"{a}x{b}".replace(" ", ""), "MatMul", [x, y], want=[np.matmul(x.astype("f8"), y.astype("f8")).astype("f4")])
+    x, y = rng.standard_normal((3, 4)), rng.standard_normal((4, 5))
+    case("f64", "MatMul", [x, y], rtol=1e-14, atol=1e-14)
+    x, y = x.astype("f2"), y.astype("f2")
+    case("f16", "MatMul", [x, y], want=[(x.astype("f8") @ y.astype("f8")).astype("f2")], rtol=2e-3, atol=1e-3)
+    x, y = rng.integers(-9, 9, (2, 3, 4)), rng.integers(-9, 9, (4, 2))
+    case("i64", "MatMul", [x, y], rtol=0, atol=0)
+    for ta, tb in [(0, 0), (1, 0), (0, 1), (1, 1)]:
+        for bias in [None, (), (5,), (3, 1), (1, 5), (3, 5), (1,)]:
+            a, b = f32(*((4, 3) if ta else (3, 4))), f32(*((5, 4) if tb else (4, 5)))
+            c = None if bias is None else f32(*bias)
+            alpha, beta = (1.0, 1.0) if bias == (5,) else (0.5, 2.0)
+            case(f"gemm{ta}{tb}{bias}".replace(" ", ""), "Gemm", [a, b] + ([] if c is None else [c]),
+                 transA=ta, transB=tb, alpha=alpha, beta=beta)
+
+
+def softmax():
+    for op in ["Softmax", "LogSoftmax"]:
+        for opset, axis in [(21, None), (21, 0), (21, 1), (21, -1), (13, 1), (11, None), (11, 0), (11, 2), (11, -2)]:
+            attrs = {} if axis is None else {"axis": axis}
+            case(f"opset{opset}_axis{axis}", op, [4 * f32(2, 3, 37)], opset=opset, **attrs)
+        x = f32(3, 5) * 30
+        x[1, 2] = -np.inf
+        case("masked", op, [x])
+        y = x.astype("f2")
+        case("f16", op, [y], rtol=2e-3, atol=1e-3)
+        case("empty", op, [f32(2, 0)])
+
+
+def normalization():
+    for axis, shape, scale in [(-1, (2, 3, 37), (37,)), (1, (2, 3, 37), (3, 37)), (-1, (5, 64), (64,)), (0, (3, 4), (3, 4)),
+                               (2, (2, 3, 8), (8,))]:
+        for epsilon in [1e-5, 0.1]:
+            x, s, b = f32(*shape) * 3 + 1, f32(*scale), f32(*scale)
+            case(f"{shape}{axis}".replace(" ", ""), "LayerNormalization", [x, s, b], outputs=3, opset=17, axis=axis, epsilon=epsilon)
+            dims = tuple(range(axis % len(shape), len(shape)))
+            z = x.astype("f8")
+            y = (z / np.sqrt((z * z).mean(axis=dims, keepdims=True) + epsilon) * s).astype("f4")
+            case(f"{shape}{axis}".replace(" ", ""), "RMSNormalization", [x, s], opset=23, axis=axis, epsilon=epsilon, want=[y])
+    x, s = f32(2, 8), f32(8)
+    case("no_bias", "LayerNormalization", [x, s], opset=17)
+    z = x.astype("f8")
+    scalar = f32(1)
+    case("one_scale", "RMSNormalization", [x, scalar], opset=23,
+         want=[(z / np.sqrt((z * z).mean(-1, keepdims=True) + 1e-5) * scalar).astype("f4")])
+    y = (4 * x).astype("f2")
+    case("f16", "LayerNormalization", [y, s.astype("f2")], opset=17, rtol=3e-3, atol=2e-3)
+
+
+FAMILIES = [matmul, softmax, normalization]
+
+if __name__ == "__main__":
+    for family in FAMILIES:
+        if len(sys.argv) > 1 and family.__name__ not in sys.argv[1:]:
+            continue
+        rng = np.random.default_rng(7)
+        lines = []
+        family()
+        path = OUT / f"{family.__name__}.cases"
+        path.write_text("\n".join(lines) + "\n")
+        print(path.name, sum(line.startswith("case ") for line in lines), "cases,", path.stat().st_size, "bytes")
