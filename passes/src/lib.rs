@@ -4,6 +4,8 @@
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
 pub mod linear;
+pub mod pack_int4;
+pub mod qtensor;
 pub mod report;
 pub mod rewrite;
 
@@ -187,7 +189,7 @@ impl PassDef {
 }
 
 /// Every pass of this crate, in the order of `--list-passes`.
-pub const PASSES: &[fn() -> PassDef] = &[];
+pub const PASSES: &[fn() -> PassDef] = &[|| PassDef::of::<pack_int4::PackInt4>("pack-int4")];
 
 /// Which ops a quantizing pass may touch: `only` and `skip`, patterns with `*` matched against the node's name, the
 /// weight's name and the op type. Part of every quantizing pass's options (`#[serde(flatten)]` it).

@@ -1,0 +1,347 @@
+//! `pack-int4`: quantized weights become `com.microsoft.MatMulNBits`, the form that ONNX Runtime multiplies without
+//! unpacking. Codes of 2, 4 and 8 bits are packed as such, others in the next container.
+//!
+//! Never written: `g_idx` (wrong results with u8 zero points), float zero points (about 100x slower), blocks that
+//! are no power of two from 16 to 256 (refused by the CPU kernels).
+
+use crate::qtensor::{Placed, QTensor, constant, container, read};
+use crate::rewrite::{Patch, apply};
+use crate::{Changed, Exactness, OpSet, Pass, PassCx, PassError};
+use dialects::ir::{ConstData, Dim, Elem, Module, Op, OpBuilder, TensorType, Type, Use, Value};
+use serde::{Deserialize, Serialize};
+
+/// The pass; it has no options of its own.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PackInt4 {}
+
+const NAME: &str = "pack-int4";
+
+impl Pass for PackInt4 {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "packs quantized weights into com.microsoft.MatMulNBits (2, 4 and 8 bits)"
+    }
+
+    // The weights are what they were; activations are rounded only where the profile asks the runtime to.
+    fn exactness(&self) -> Exactness {
+        Exactness::Exact
+    }
+
+    fn consumes(&self) -> OpSet {
+        OpSet::from(["quant.dequantize"])
+    }
+
+    fn produces(&self) -> OpSet {
+        OpSet::from(["com.microsoft.MatMulNBits"])
+    }
+
+    fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
+        let mut found = 0u64;
+        let mut packed = 0u64;
+        for op in m.live_ops() {
+            let Some((q, placed)) = m.ops[op].result(0).and_then(|v| QTensor::of(m, v)) else { continue };
+            found += 1;
+            packed += pack(m, cx, &q, &placed)?;
+        }
+        if found == 0 && !cx.settings.allow_noop {
+            let why = "no quantized weights are there to pack; quantize first, as in `rtn,pack-int4`".into();
+            return Err(PassError::Nothing { pass: NAME, why });
+        }
+        if packed > 0 {
+            m.opsets.entry("com.microsoft".into()).or_insert(1);
+        }
+        cx.count("packed ops", packed);
+        Ok(if packed > 0 { Changed::Yes } else { Changed::No })
+    }
+}
+
+/// Packs every use of one quantized weight. Returns how many.
+fn pack(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result<u64, PassError> {
+    let weight = m.ops[placed.op].result(0).expect("a dequantize has a result");
+    let users: Vec<Use> = m.uses().of(weight).to_vec();
+    let mut operands = None;
+    let mut packed = 0;
+    for user in users {
+        let (op, why) = match user {
+            Use::Operand(op, i) => (op, refuse(m, op, i, placed)),
+            Use::Result(..) => (placed.op, Some("the weight is an output of the graph".to_string())),
+        };
+        if let Some(why) = why {
+            cx.left(m, op, why);
+            continue;
+        }
+        let operands = match &operands {
+            Some(operands) => operands,
+            None => operands.insert(Operands::new(m, cx, q, placed)?),
+        };
+        replace(m, cx, op, operands)?;
+        packed += 1;
+    }
+    if m.uses().of(weight).is_empty() {
+        m.erase(placed.op);
+    }
+    if let (Some(operands), true) = (operands, packed > 0) {
+        for w in cx.report.weights.iter_mut().filter(|w| w.weight == placed.label) {
+            w.bytes_after = operands.bytes;
+        }
+    }
+    Ok(packed)
+}
+
+/// Why the use of a weight as operand `i` of `op` has no packed form; `None` when it has one.
+fn refuse(m: &Module, op: Op, i: usize, placed: &Placed) -> Option<String> {
+    let data = &m.ops[op];
+    let rank = placed.shape.len();
+    let trans_b = data.attrs.int("transB").unwrap_or(0) != 0;
+    let k_axis = match data.name.as_str() {
+        "onnx.MatMul" => rank.checked_sub(2),
+        "onnx.Gemm" => Some(usize::from(trans_b)),
+        _ => return Some(format!("{} has no packed form", data.name)),
+    };
+    if i != 1 {
+        return Some("the weight is not the right operand".into());
+    }
+    if k_axis != Some(placed.axis) {
+        return Some("the groups do not run along the inner dim of the product".into());
+    }
+    let x = data.operand(0).map(|v| m.ty(v));
+    match x.and_then(Type::elem) {
+        Some(Elem::F32 | Elem::F16) if x.and_then(Type::elem) == Some(placed.elem) => None,
+        Some(e) => Some(format!("the kernel multiplies f32 and f16 activations, found {e}")),
+        None => Some("the activation's type is unknown".into()),
+    }
+}
+
+/// What every packed op of one weight shares.
+struct Operands {
+    b: Value,
+    scales: Value,
+    zero_points: Option<Value>,
+    n: usize,
+    k: usize,
+    bits: u32,
+    block: usize,
+    elem: Elem,
+    /// Bytes of codes, scales and zero points.
+    bytes: u64,
+}
+
+impl Operands {
+    fn new(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result<Operands, PassError> {
+        let bits = container(q.bits);
+        let Some(block) = block_size(q.group_size, q.k, bits) else {
+            let why =
+                format!("a group of {} is no multiple of 16, and no block of MatMulNBits", q.group_size);
+            return Err(PassError::At { pass: NAME, what: placed.label.clone(), why });
+        };
+        let blocks = q.k.div_ceil(block);
+        let b = blocked_codes(q, block)?;
+        let per_block = |c: &ConstData| spread(&read(c)?, q, block, c.elem.bits() / 8);
+        let dims = vec![q.n as u64, blocks as u64];
+        let mut scales = constant(q.scales.elem, dims.clone(), per_block(&q.scales)?);
+        // Without zero points the kernel takes the middle of the container, which is the middle of the codes only
+        // where they fill it.
+        let needed = q.zero_points.is_some() || bits != q.bits;
+        let zero_points = needed.then(|| spread(&q.zero_point_bytes()?, q, block, 1)).transpose()?;
+        let zero_points = zero_points.map(|z| {
+            let row = (blocks * bits as usize).div_ceil(8);
+            constant(Elem::U8, vec![q.n as u64, row as u64], pack_rows(&z, blocks, bits))
+        });
+        warn_if_slow(cx, bits);
+
+        let region = m.ops[placed.op].region;
+        let half = cx.settings.f16_scales && placed.elem == Elem::F32;
+        if half {
+            scales = to_f16(&scales, &placed.label)?;
+        }
+        let bytes = [Some(&b), Some(&scales), zero_points.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(ConstData::byte_len)
+            .sum();
+        let name = |m: &Module, part: &str| m.fresh_name(&format!("{}.q{}.{part}", placed.label, q.bits));
+        let b = m.add_const(region, name(m, "codes"), b);
+        let scales = m.add_const(region, name(m, "scales"), scales);
+        let zero_points = zero_points.map(|z| m.add_const(region, name(m, "zero_points"), z));
+        let scales = match half {
+            false => scales,
+            true => {
+                let ty = Type::of_shape(Elem::F32, &[q.n, blocks]);
+                let loc = m.ops[placed.op].loc.clone();
+                let to = i64::from(Elem::F32.onnx());
+                let cast = OpBuilder::new("onnx.Cast", &loc).operands([scales]).attr("to", to).result(ty);
+                let cast = m.insert_before(placed.op, cast);
+                m.ops[cast].result(0).expect("a Cast has a result")
+            }
+        };
+        Ok(Operands { b, scales, zero_points, n: q.n, k: q.k, bits, block, elem: placed.elem, bytes })
+    }
+}
+
+/// Replaces one MatMul or Gemm.
+fn replace(m: &mut Module, cx: &PassCx, op: Op, w: &Operands) -> Result<(), PassError> {
+    let data = m.ops[op].clone();
+    let y = data.result(0).expect("a product has a result");
+    let ty = product_type(m, &data, w);
+    let bias = data.operand(2).filter(|_| data.is("onnx.Gemm"));
+    let fused = bias.filter(|&c| m.const_of(c).is_some() && m.ty(c) == &Type::of_shape(w.elem, &[w.n]));
+    let patch = Patch::new(op);
+    let packed = OpBuilder::new("com.microsoft.MatMulNBits", &data.loc)
+        .node(data.node.clone())
+        .operands([data.operand(0), Some(w.b), Some(w.scales)])
+        .operands(match (w.zero_points, fused) {
+            (None, None) => vec![],
+            (z, None) => vec![z],
+            (z, c) => vec![z, None, c],
+        })
+        .attr("K", w.k as i64)
+        .attr("N", w.n as i64)
+        .attr("bits", i64::from(w.bits))
+        .attr("block_size", w.block as i64)
+        .attr("accuracy_level", cx.settings.accuracy_level)
+        .meta(data.meta.clone())
+        .result(ty.clone());
+    let mut out = patch.op(m, packed);
+    if let Some(c) = bias.filter(|_| fused.is_none()) {
+        out = patch.op(m, OpBuilder::new("onnx.Add", &data.loc).operands([out, c]).result(ty));
+    }
+    let name = m.values[y].name.clone();
+    apply(m, NAME, patch.replace(y, out))?;
+    // The value keeps its name, so that a graph before and after can be compared by names.
+    if m.values[out].name.is_empty() {
+        m.values[y].name = "".into();
+        m.values[out].name = name;
+    }
+    Ok(())
+}
+
+/// The type of the product, from the activation where the file knew no better.
+fn product_type(m: &Module, data: &dialects::ir::OpData, w: &Operands) -> Type {
+    let known = data.result(0).map(|y| m.ty(y).clone()).unwrap_or_default();
+    let dims = data.operand(0).and_then(|x| m.ty(x).dims()).map(|d| {
+        let mut d = d.to_vec();
+        if let Some(last) = d.last_mut() {
+            *last = Dim::from(w.n);
+        }
+        d
+    });
+    known.unify(&Type::Tensor(TensorType { elem: w.elem, dims })).unwrap_or(known)
+}
+
+/// The block of MatMulNBits for groups of `group`: the group itself where it is legal, else the largest legal block
+/// that divides it. One scale of a row-wide group serves any block: then the one that takes the fewest bytes.
+fn block_size(group: usize, k: usize, bits: u32) -> Option<usize> {
+    let legal = [256usize, 128, 64, 32, 16];
+    if legal.contains(&group) {
+        Some(group)
+    } else if group >= k {
+        let bytes = |b: &usize| k.div_ceil(*b) * (b * bits as usize / 8 + size_of::<f32>());
+        legal.into_iter().min_by_key(bytes)
+    } else {
+        legal.into_iter().find(|&b| group.is_multiple_of(b))
+    }
+}
+
+/// Codes in blocks of `block` along K: `[N, blocks, block * bits / 8]`. The bytes themselves where they fit already.
+fn blocked_codes(q: &QTensor, block: usize) -> Result<ConstData, PassError> {
+    let bits = container(q.bits) as usize;
+    let blocks = q.k.div_ceil(block);
+    let (row, blob) = (q.groups() * q.blob(), block * bits / 8);
+    let dims = vec![q.n as u64, blocks as u64, blob as u64];
+    if row == blocks * blob {
+        let c = ConstData::new(Elem::U8, dims, q.codes.source.clone());
+        return c.map_err(|e| PassError::Env(e.to_string()));
+    }
+    // A group is a whole number of blocks, or the row: either way the codes run on without gaps, and only the
+    // padding at the end of a row differs.
+    let codes = read(&q.codes)?;
+    let used = (q.k * bits).div_ceil(8);
+    let mut out = vec![0u8; q.n * blocks * blob];
+    for (to, from) in out.chunks_exact_mut(blocks * blob).zip(codes.chunks_exact(row)) {
+        to[..used].copy_from_slice(&from[..used]);
+    }
+    Ok(constant(Elem::U8, dims, out))
+}
+
+/// Repeats each group's entry of `size` bytes for every block of the group: `[N, groups]` to `[N, blocks]`.
+fn spread(bytes: &[u8], q: &QTensor, block: usize, size: usize) -> Result<Vec<u8>, PassError> {
+    let (groups, blocks) = (q.groups(), q.k.div_ceil(block));
+    if bytes.len() != q.n * groups * size {
+        return Err(PassError::Env("a quantized weight has a scale or zero point too few".into()));
+    }
+    let entry = |i: usize| (i / blocks * groups + i % blocks * block / q.group_size) * size;
+    Ok((0..q.n * blocks).flat_map(|i| bytes[entry(i)..][..size].iter().copied()).collect())
+}
+
+/// Packs codes of one byte each, `per_row` to a row, low-first; every row starts a byte.
+fn pack_rows(codes: &[u8], per_row: usize, bits: u32) -> Vec<u8> {
+    let per_byte = (8 / bits) as usize;
+    let byte = |c: &[u8]| c.iter().rev().fold(0u8, |b, &x| if bits == 8 { x } else { b << bits | x });
+    codes.chunks_exact(per_row).flat_map(|row| row.chunks(per_byte).map(byte)).collect()
+}
+
+fn to_f16(scales: &ConstData, label: &str) -> Result<ConstData, PassError> {
+    let bytes = read(scales)?;
+    let values: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
+    let halves: Vec<half::f16> = values.iter().map(|&x| half::f16::from_f32(x)).collect();
+    if halves.iter().zip(&values).any(|(h, &x)| h.is_infinite() || (x != 0.0 && h.to_f32() == 0.0)) {
+        let why = "a scale does not fit f16; write scales as f32".into();
+        return Err(PassError::At { pass: NAME, what: label.into(), why });
+    }
+    Ok(constant(Elem::F16, scales.dims.clone(), bytemuck::cast_slice(&halves).to_vec()))
+}
+
+fn warn_if_slow(cx: &mut PassCx, bits: u32) {
+    if bits == 2 && cx.settings.accuracy_level != 4 {
+        cx.report.warn(
+            "2-bit MatMulNBits with float activations runs about 150x slower in ONNX Runtime than with int8 \
+             activations; `--profile ort-cpu` asks for those",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_points_start_a_byte_in_every_row() {
+        assert_eq!(pack_rows(&[1, 2, 3, 4, 5, 6], 3, 4), [0x21, 0x03, 0x54, 0x06]);
+        assert_eq!(pack_rows(&[1, 2, 3, 1, 2], 5, 2), [0b01_11_10_01, 0b10]);
+        assert_eq!(pack_rows(&[200, 7], 1, 8), [200, 7]);
+    }
+
+    #[test]
+    fn blocks_are_legal() {
+        assert_eq!(block_size(32, 172, 4), Some(32));
+        assert_eq!(block_size(256, 172, 4), Some(256));
+        assert_eq!(block_size(48, 172, 4), Some(16));
+        assert_eq!(block_size(20, 172, 4), None);
+        // 172 in 64s: 3 x 36 bytes; in 32s: 6 x 20; in 256: 132; in 128s: 2 x 68.
+        assert_eq!(block_size(172, 172, 4), Some(64));
+        assert_eq!(block_size(4096, 4096, 4), Some(256));
+    }
+
+    /// A row-wide group of K = 20 in 4 bits: 10 bytes a row become two blocks of 8 bytes, the scale twice.
+    #[test]
+    fn a_row_wide_group_is_spread_over_blocks() {
+        let codes: Vec<u8> = (0..20).collect();
+        let q = QTensor {
+            n: 2,
+            k: 20,
+            bits: 4,
+            group_size: 20,
+            codes: constant(Elem::U8, vec![2, 1, 10], codes),
+            scales: constant(Elem::U8, vec![2, 1], vec![7, 9]),
+            zero_points: None,
+        };
+        let b = read(&blocked_codes(&q, 16).unwrap()).unwrap();
+        assert_eq!(&b[..16], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(&b[16..26], &(10..20).collect::<Vec<u8>>()[..]);
+        assert_eq!(spread(&[7, 9], &q, 16, 1).unwrap(), [7, 7, 9, 9]);
+    }
+}
