@@ -5,7 +5,9 @@
 
 pub mod linear;
 pub mod pack_int4;
+pub mod pack_qdq;
 pub mod qtensor;
+pub mod raise_opset;
 pub mod report;
 pub mod rewrite;
 
@@ -189,7 +191,8 @@ impl PassDef {
 }
 
 /// Every pass of this crate, in the order of `--list-passes`.
-pub const PASSES: &[fn() -> PassDef] = &[|| PassDef::of::<pack_int4::PackInt4>("pack-int4")];
+pub const PASSES: &[fn() -> PassDef] =
+    &[|| PassDef::of::<pack_int4::PackInt4>("pack-int4"), || PassDef::of::<pack_qdq::PackQdq>("pack-qdq")];
 
 /// Which ops a quantizing pass may touch: `only` and `skip`, patterns with `*` matched against the node's name, the
 /// weight's name and the op type. Part of every quantizing pass's options (`#[serde(flatten)]` it).

@@ -133,20 +133,16 @@ struct Operands {
 impl Operands {
     fn new(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result<Operands, PassError> {
         let bits = container(q.bits);
-        let Some(block) = block_size(q.group_size, q.k, bits) else {
-            let why =
-                format!("a group of {} is no multiple of 16, and no block of MatMulNBits", q.group_size);
-            return Err(PassError::At { pass: NAME, what: placed.label.clone(), why });
-        };
+        let block = q.block(NAME, &placed.label)?;
         let blocks = q.k.div_ceil(block);
         let b = blocked_codes(q, block)?;
-        let per_block = |c: &ConstData| spread(&read(c)?, q, block, c.elem.bits() / 8);
+        let per_block = |c: &ConstData| q.spread(&read(c)?, block, c.elem.bits() / 8);
         let dims = vec![q.n as u64, blocks as u64];
         let mut scales = constant(q.scales.elem, dims.clone(), per_block(&q.scales)?);
         // Without zero points the kernel takes the middle of the container, which is the middle of the codes only
         // where they fill it.
         let needed = q.zero_points.is_some() || bits != q.bits;
-        let zero_points = needed.then(|| spread(&q.zero_point_bytes()?, q, block, 1)).transpose()?;
+        let zero_points = needed.then(|| q.spread(&q.zero_point_bytes()?, block, 1)).transpose()?;
         let zero_points = zero_points.map(|z| {
             let row = (blocks * bits as usize).div_ceil(8);
             constant(Elem::U8, vec![q.n as u64, row as u64], pack_rows(&z, blocks, bits))
@@ -232,20 +228,6 @@ fn product_type(m: &Module, data: &dialects::ir::OpData, w: &Operands) -> Type {
     known.unify(&Type::Tensor(TensorType { elem: w.elem, dims })).unwrap_or(known)
 }
 
-/// The block of MatMulNBits for groups of `group`: the group itself where it is legal, else the largest legal block
-/// that divides it. One scale of a row-wide group serves any block: then the one that takes the fewest bytes.
-fn block_size(group: usize, k: usize, bits: u32) -> Option<usize> {
-    let legal = [256usize, 128, 64, 32, 16];
-    if legal.contains(&group) {
-        Some(group)
-    } else if group >= k {
-        let bytes = |b: &usize| k.div_ceil(*b) * (b * bits as usize / 8 + size_of::<f32>());
-        legal.into_iter().min_by_key(bytes)
-    } else {
-        legal.into_iter().find(|&b| group.is_multiple_of(b))
-    }
-}
-
 /// Codes in blocks of `block` along K: `[N, blocks, block * bits / 8]`. The bytes themselves where they fit already.
 fn blocked_codes(q: &QTensor, block: usize) -> Result<ConstData, PassError> {
     let bits = container(q.bits) as usize;
@@ -265,16 +247,6 @@ fn blocked_codes(q: &QTensor, block: usize) -> Result<ConstData, PassError> {
         to[..used].copy_from_slice(&from[..used]);
     }
     Ok(constant(Elem::U8, dims, out))
-}
-
-/// Repeats each group's entry of `size` bytes for every block of the group: `[N, groups]` to `[N, blocks]`.
-fn spread(bytes: &[u8], q: &QTensor, block: usize, size: usize) -> Result<Vec<u8>, PassError> {
-    let (groups, blocks) = (q.groups(), q.k.div_ceil(block));
-    if bytes.len() != q.n * groups * size {
-        return Err(PassError::Env("a quantized weight has a scale or zero point too few".into()));
-    }
-    let entry = |i: usize| (i / blocks * groups + i % blocks * block / q.group_size) * size;
-    Ok((0..q.n * blocks).flat_map(|i| bytes[entry(i)..][..size].iter().copied()).collect())
 }
 
 /// Packs codes of one byte each, `per_row` to a row, low-first; every row starts a byte.
@@ -315,17 +287,6 @@ mod tests {
         assert_eq!(pack_rows(&[200, 7], 1, 8), [200, 7]);
     }
 
-    #[test]
-    fn blocks_are_legal() {
-        assert_eq!(block_size(32, 172, 4), Some(32));
-        assert_eq!(block_size(256, 172, 4), Some(256));
-        assert_eq!(block_size(48, 172, 4), Some(16));
-        assert_eq!(block_size(20, 172, 4), None);
-        // 172 in 64s: 3 x 36 bytes; in 32s: 6 x 20; in 256: 132; in 128s: 2 x 68.
-        assert_eq!(block_size(172, 172, 4), Some(64));
-        assert_eq!(block_size(4096, 4096, 4), Some(256));
-    }
-
     /// A row-wide group of K = 20 in 4 bits: 10 bytes a row become two blocks of 8 bytes, the scale twice.
     #[test]
     fn a_row_wide_group_is_spread_over_blocks() {
@@ -342,6 +303,6 @@ mod tests {
         let b = read(&blocked_codes(&q, 16).unwrap()).unwrap();
         assert_eq!(&b[..16], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0, 0, 0, 0]);
         assert_eq!(&b[16..26], &(10..20).collect::<Vec<u8>>()[..]);
-        assert_eq!(spread(&[7, 9], &q, 16, 1).unwrap(), [7, 7, 9, 9]);
+        assert_eq!(q.spread(&[7, 9], 16, 1).unwrap(), [7, 7, 9, 9]);
     }
 }

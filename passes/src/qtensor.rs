@@ -139,6 +139,28 @@ impl QTensor {
         Some((q, Placed { op, shape, axis, elem, label }))
     }
 
+    /// The block that the runtime's packed forms take for this tensor; a group that none serves is an error.
+    pub fn block(&self, pass: &'static str, label: &str) -> Result<usize, PassError> {
+        block_size(self.group_size, self.k, container(self.bits)).ok_or_else(|| PassError::At {
+            pass,
+            what: label.into(),
+            why: format!(
+                "a group of {} is no multiple of 16, and no block of a packed form",
+                self.group_size
+            ),
+        })
+    }
+
+    /// Repeats each group's entry of `size` bytes for every block of the group: `[N, groups]` to `[N, blocks]`.
+    pub fn spread(&self, bytes: &[u8], block: usize, size: usize) -> Result<Vec<u8>, PassError> {
+        let (groups, blocks) = (self.groups(), self.k.div_ceil(block));
+        if bytes.len() != self.n * groups * size {
+            return Err(PassError::Env("a quantized weight has a scale or zero point too few".into()));
+        }
+        let entry = |i: usize| (i / blocks * groups + i % blocks * block / self.group_size) * size;
+        Ok((0..self.n * blocks).flat_map(|i| bytes[entry(i)..][..size].iter().copied()).collect())
+    }
+
     /// Zero points, one per group, given or not.
     pub fn zero_point_bytes(&self) -> Result<bytes::Bytes, PassError> {
         match &self.zero_points {
@@ -160,4 +182,34 @@ pub fn constant(elem: Elem, dims: Vec<u64>, bytes: Vec<u8>) -> ConstData {
 
 fn blob(group_size: usize, bits: u32) -> usize {
     (group_size * container(bits) as usize).div_ceil(8)
+}
+
+/// The block of MatMulNBits for groups of `group`: the group itself where it is legal, else the largest legal block
+/// that divides it. One scale of a row-wide group serves any block: then the one that takes the fewest bytes.
+fn block_size(group: usize, k: usize, bits: u32) -> Option<usize> {
+    let legal = [256usize, 128, 64, 32, 16];
+    if legal.contains(&group) {
+        Some(group)
+    } else if group >= k {
+        let bytes = |b: &usize| k.div_ceil(*b) * (b * bits as usize / 8 + size_of::<f32>());
+        legal.into_iter().min_by_key(bytes)
+    } else {
+        legal.into_iter().find(|&b| group.is_multiple_of(b))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_legal() {
+        assert_eq!(block_size(32, 172, 4), Some(32));
+        assert_eq!(block_size(256, 172, 4), Some(256));
+        assert_eq!(block_size(48, 172, 4), Some(16));
+        assert_eq!(block_size(20, 172, 4), None);
+        // 172 in 64s: 3 x 36 bytes; in 32s: 6 x 20; in 256: 132; in 128s: 2 x 68.
+        assert_eq!(block_size(172, 172, 4), Some(64));
+        assert_eq!(block_size(4096, 4096, 4), Some(256));
+    }
 }
