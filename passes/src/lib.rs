@@ -3,6 +3,7 @@
 //! A pass is either exact (the same function over the reals) or lossy, and says which. It sees the outside
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
+pub mod gram;
 pub mod linear;
 pub mod pack_int4;
 pub mod pack_qdq;
