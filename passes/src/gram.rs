@@ -119,7 +119,11 @@ pub fn collect(
         let t = item.tensor().map_err(|e| refuse(e.to_string()))?;
         let gram = grams.get_mut(&v).ok_or_else(|| refuse("was not asked for".into()))?;
         if t.shape().last() != Some(&gram.k) {
-            return Err(refuse(format!("expected a last dim of {}, found the shape {:?}", gram.k, t.shape())));
+            return Err(refuse(format!(
+                "expected a last dim of {}, found the shape {:?}",
+                gram.k,
+                t.shape()
+            )));
         }
         gram.add(&t.to_f32().map_err(|e| refuse(e.to_string()))?);
         Ok(())
