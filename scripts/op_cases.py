@@ -54,9 +54,8 @@ def run_ort(op, opset, attrs, inputs, outputs, domain, level=None):
         q.CopyFrom(p)
         q.name = name
         inits.append(q)
-    # Everything is an initializer that is also an input: any element type can be given, and nothing is folded.
-    ins = [h.make_tensor_value_info(n, p.data_type, list(p.dims)) for n, p in protos.items()]
-    graph = h.make_graph([node], "g", ins, [onnx.ValueInfoProto(name=o) for o in outs], inits)
+    # Everything is a constant, as weights are: any element type can be given, and without optimizations nothing is folded.
+    graph = h.make_graph([node], "g", [], [onnx.ValueInfoProto(name=o) for o in outs], inits)
     opsets = [h.make_opsetid("", opset if not domain else 21)] + ([h.make_opsetid(domain, opset)] if domain else [])
     model = h.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
@@ -148,7 +147,61 @@ def normalization():
     case("f16", "LayerNormalization", [y, s.astype("f2")], opset=17, rtol=3e-3, atol=2e-3)
 
 
-FAMILIES = [matmul, softmax, normalization]
+def pack(codes, bits):
+    """Rows of codes as bytes, low-first, each row padded."""
+    per = 8 // bits
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per)])
+    return sum((codes[..., i::per] << (bits * i)).astype("u1") for i in range(per)).astype("u1")
+
+
+def packed_weight(n, k, group, bits, container):
+    """Random codes [N, kb, group], scales and zero points [N, kb], and the float64 weight [N, K] that they are."""
+    kb = -(-k // group)
+    q = rng.integers(0, 2**bits, (n, kb, group)).astype("u1")
+    scales = ((rng.random((n, kb)) + 0.5) * 0.1).astype("f4")
+    zeros = rng.integers(0, 2**bits, (n, kb)).astype("u1")
+    value = lambda z: ((q - z[:, :, None].astype("f8")) * scales[:, :, None].astype("f8")).reshape(n, -1)[:, :k]
+    return pack(q, container), scales, zeros, value
+
+
+def dequantize():
+    for bits, group, n, k in [(4, 32, 5, 43), (2, 16, 3, 40), (8, 16, 3, 33), (3, 16, 4, 24), (5, 43, 4, 43),
+                              (4, 5, 3, 13), (2, 7, 3, 17), (4, 32, 70, 66)]:
+        container = {2: 2, 3: 4, 4: 4, 5: 8, 8: 8}[bits]
+        codes, scales, zeros, value = packed_weight(n, k, group, bits, container)
+        mid = np.full(zeros.shape, 2 ** (bits - 1))
+        for z, shape, axis, turned in [(zeros, [n, k], 1, False), (None, [k, n], 0, True), (zeros, [1, k, n], 1, True)]:
+            w = value(mid if z is None else z).astype("f4")
+            case(f"{bits}bit_g{group}_{n}x{k}_axis{axis}", "dequantize", [codes, scales, z], opset=1, domain="quant",
+                 rtol=1e-7, atol=0, want=[(w.T if turned else w).reshape(shape)], bits=bits, group_size=group, axis=axis,
+                 shape=shape, to=1)
+    codes, scales, zeros, value = packed_weight(4, 32, 16, 4, 4)
+    half = scales.astype("f2")
+    w = (value(zeros) / scales.repeat(16, 1) * half.astype("f8").repeat(16, 1)).astype("f4").astype("f2")
+    case("f16", "dequantize", [codes, half, zeros], opset=1, domain="quant", rtol=1e-7, atol=0, want=[w], bits=4, group_size=16,
+         axis=1, shape=[4, 32], to=10)
+
+
+def matmul_nbits():
+    n = 5
+    for bits, group, k in [(2, 16, 48), (2, 32, 43), (2, 128, 130), (2, 256, 260), (4, 16, 64), (4, 32, 43), (4, 32, 96),
+                           (4, 128, 200), (4, 256, 70), (8, 16, 40), (8, 32, 64), (8, 64, 70)]:
+        codes, scales, zeros, _ = packed_weight(n, k, group, bits, bits)
+        for z in ["none", "codes", "float"]:
+            for level in [0, 4]:
+                for shape in [(1, k), (2, 3, k)]:
+                    small = shape == (1, k)
+                    if bits == 8 and z == "float" or level < 4 and not small or small and z == "float":
+                        continue
+                    zp = {"none": None, "codes": pack(zeros, bits), "float": zeros.astype("f4") + 0.25}[z]
+                    inputs = [f32(*shape), codes, scales, zp]
+                    if level == 4 and z == "codes":
+                        inputs += [None, f32(n)]
+                    case(f"{bits}bit_g{group}_k{k}_zero_{z}_level{level}_m{shape[0]}", "MatMulNBits", inputs, opset=1,
+                         domain="com.microsoft", rtol=2e-5, atol=2e-5, K=k, N=n, bits=bits, block_size=group, accuracy_level=level)
+
+
+FAMILIES = [matmul, softmax, normalization, dequantize, matmul_nbits]
 
 if __name__ == "__main__":
     for family in FAMILIES:

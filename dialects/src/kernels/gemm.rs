@@ -2,8 +2,11 @@
 //!
 //! The library promises the same bits only for the same call, not for another number of threads. So it is called
 //! single-threaded on tiles of the result whose size depends on the shape alone, and threads share out tiles.
+//! The library's interface is raw pointers: views check their bounds once, when they are made, and everything
+//! outside this file is safe.
 
 use rayon::prelude::*;
+use std::marker::PhantomData;
 
 /// Rows of the result that one task computes.
 const TILE_ROWS: usize = 128;
@@ -115,45 +118,94 @@ pub fn matmul<T: Scalar>(a: Mat<T>, b: Mat<T>, c: &mut [T]) {
             tile(a.rows(i * rows, (i * rows + rows).min(m)), b, c);
         });
     } else {
-        let tiles: Vec<Vec<T>> = (0..n.div_ceil(TILE_COLS))
-            .into_par_iter()
-            .map(|j| {
-                let b = b.cols(j * TILE_COLS, (j * TILE_COLS + TILE_COLS).min(n));
-                let mut out = vec![T::default(); m * b.cols];
-                tile(a, b, &mut out);
-                out
-            })
-            .collect();
-        for (j, part) in tiles.iter().enumerate() {
-            let cols = part.len() / m;
-            for (row, part) in c.chunks_exact_mut(n).zip(part.chunks_exact(cols)) {
-                row[j * TILE_COLS..][..cols].copy_from_slice(part);
-            }
-        }
+        strips(c, n, TILE_COLS, |from, c| {
+            let b = b.cols(from, from + c.cols);
+            tile_into(a, b, c);
+        });
     }
+}
+
+/// Some columns of a row-major matrix that a task may write.
+pub struct Strip<'a, T> {
+    start: *mut T,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    lives: PhantomData<&'a mut T>,
+}
+
+#[allow(unsafe_code)]
+// SAFETY: a strip is the only way to its elements, like the `&mut [T]` it was cut from.
+unsafe impl<T: Send> Send for Strip<'_, T> {}
+
+impl<'a, T> Strip<'a, T> {
+    /// All of a contiguous row-major `[rows, cols]`.
+    fn whole(data: &'a mut [T], rows: usize, cols: usize) -> Strip<'a, T> {
+        assert_eq!(data.len(), rows * cols, "the shapes of a product do not fit");
+        Strip { start: data.as_mut_ptr(), rows, cols, row_stride: cols, lives: PhantomData }
+    }
+
+    /// The number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The rows, in order.
+    #[allow(unsafe_code)]
+    pub fn rows_mut(&mut self) -> impl Iterator<Item = &mut [T]> {
+        let (start, cols, row_stride) = (self.start, self.cols, self.row_stride);
+        // SAFETY: row `i` of a strip lies inside the matrix that it was cut from, and rows do not overlap.
+        (0..self.rows)
+            .map(move |i| unsafe { std::slice::from_raw_parts_mut(start.add(i * row_stride), cols) })
+    }
+}
+
+/// Calls `f(from, strip)` on threads for the strips of `width` columns of `c`, a row-major matrix of `n` columns;
+/// `from` is a strip's first column.
+pub fn strips<T: Send>(c: &mut [T], n: usize, width: usize, f: impl Fn(usize, &mut Strip<T>) + Sync) {
+    if c.is_empty() {
+        return;
+    }
+    assert_eq!(c.len() % n, 0, "the matrix has no whole number of rows");
+    let (rows, whole) = (c.len() / n, Strip::whole(c, c.len() / n, n));
+    let cut = |from: usize| Strip {
+        // Stays inside the first row, since `from < n`.
+        start: whole.start.wrapping_add(from),
+        rows,
+        cols: width.min(n - from),
+        row_stride: n,
+        lives: PhantomData,
+    };
+    let cut: Vec<(usize, Strip<T>)> = (0..n).step_by(width).map(|from| (from, cut(from))).collect();
+    cut.into_par_iter().for_each(|(from, mut strip)| f(from, &mut strip));
+}
+
+/// `c = a * b` on this thread alone; shapes as [`matmul`].
+pub fn tile<T: Scalar>(a: Mat<T>, b: Mat<T>, c: &mut [T]) {
+    tile_into(a, b, &mut Strip::whole(c, a.rows, b.cols));
 }
 
 /// `c = a * b` on this thread alone; shapes as [`matmul`].
 #[allow(unsafe_code)]
-pub fn tile<T: Scalar>(a: Mat<T>, b: Mat<T>, c: &mut [T]) {
-    assert_eq!((a.cols, a.rows * b.cols), (b.rows, c.len()), "the shapes of a product do not fit");
-    if c.is_empty() {
+pub fn tile_into<T: Scalar>(a: Mat<T>, b: Mat<T>, c: &mut Strip<T>) {
+    assert_eq!((a.cols, a.rows, b.cols), (b.rows, c.rows, c.cols), "the shapes of a product do not fit");
+    if c.rows == 0 || c.cols == 0 {
         return;
     }
     if a.cols == 0 {
-        c.fill(T::default());
+        c.rows_mut().for_each(|row| row.fill(T::default()));
         return;
     }
-    // SAFETY: the views were checked against their slices when they were made, `c` holds exactly the result,
+    // SAFETY: the views were checked against their slices when they were made, `c` has the result's shape,
     // and `Scalar` is implemented only for types that the library multiplies.
     unsafe {
         gemm::gemm(
             a.rows,
             b.cols,
             a.cols,
-            c.as_mut_ptr(),
+            c.start,
             1,
-            b.cols as isize,
+            c.row_stride as isize,
             false,
             a.data.as_ptr(),
             a.col_stride as isize,

@@ -2,4 +2,5 @@
 //! tiles of a size that depends on shapes alone, and a float sum is never split over threads.
 
 pub mod gemm;
+pub mod packed;
 pub mod row;

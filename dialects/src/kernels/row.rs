@@ -114,6 +114,14 @@ fn exp_shifted(x: &mut [f32], shift: f32) {
     x.iter_mut().for_each(|v| *v = exp(*v - shift));
 }
 
+/// Rounds a row to int8 and back: to multiples of `absmax / 127`, halves to even.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+pub fn round_to_int8(x: &mut [f32]) {
+    let top = fold(x, 0.0, |a, v| if v.abs() > a { v.abs() } else { a }, f32::max);
+    let (scale, inverse) = (top / 127.0, if top == 0.0 { 0.0 } else { 127.0 / top });
+    x.iter_mut().for_each(|v| *v = (*v * inverse).round_ties_even() * scale);
+}
+
 /// The softmax of a row, in place. A row that is all negative infinity gives NaN, as dividing zero by zero does.
 pub fn softmax(x: &mut [f32]) {
     let top = max(x);

@@ -16,5 +16,8 @@
 
 use crate::ops::OpDef;
 
+mod dequantize;
+mod matmul_nbits;
+
 /// Every family of ops in this dialect.
-pub const FAMILIES: &[&[OpDef]] = &[];
+pub const FAMILIES: &[&[OpDef]] = &[dequantize::OPS, matmul_nbits::OPS];
