@@ -17,7 +17,7 @@ pub struct ImportError {
     pub place: String,
     /// What is wrong.
     #[source]
-    pub problem: Problem,
+    pub problem: Box<Problem>,
 }
 
 struct Prefix<'a>(&'a str);

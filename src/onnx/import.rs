@@ -49,7 +49,11 @@ pub struct Imported {
 
 /// Reads the model at `path`.
 pub fn read(path: &Path) -> Result<Imported, ImportError> {
-    let at_file = |problem: Problem| ImportError { file: path.to_owned(), place: String::new(), problem };
+    let at_file = |problem: Problem| ImportError {
+        file: path.to_owned(),
+        place: String::new(),
+        problem: problem.into(),
+    };
     let bytes = files::map(path).map_err(|e| at_file(e.into()))?;
     let folder = Folder::of_model(path).map_err(|e| at_file(e.into()))?;
     let mut imported = decode(bytes, path, folder)?;
@@ -63,7 +67,11 @@ pub fn from_bytes(bytes: Bytes) -> Result<Imported, ImportError> {
 }
 
 fn decode(bytes: Bytes, file: &Path, folder: Folder) -> Result<Imported, ImportError> {
-    let at_file = |problem: Problem| ImportError { file: file.to_owned(), place: String::new(), problem };
+    let at_file = |problem: Problem| ImportError {
+        file: file.to_owned(),
+        place: String::new(),
+        problem: problem.into(),
+    };
     let found = scan::scan(&bytes).map_err(|e| at_file(e.into()))?;
     let model = ModelProto::decode(bytes).map_err(|e| at_file(e.into()))?;
     let mut importer = Importer {
@@ -80,7 +88,7 @@ fn decode(bytes: Bytes, file: &Path, folder: Folder) -> Result<Imported, ImportE
     importer.model(&model).map_err(|Fault { place, problem }| ImportError {
         file: file.to_owned(),
         place,
-        problem,
+        problem: problem.into(),
     })?;
     let files = importer.folder.paths();
     Ok(Imported { module: importer.m, warnings: importer.warnings, files })
