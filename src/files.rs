@@ -56,7 +56,20 @@ pub fn map(path: &Path) -> Result<Bytes, FileError> {
     Ok(Bytes::from_owner(map_file(&file).map_err(FileError::io("map", path))?))
 }
 
-/// The one unsafe function of the program.
+/// A zeroed buffer of `len` bytes in a file without a name in `folder`, gone with the last use of it.
+pub fn scratch(folder: &Path, len: usize) -> Result<memmap2::MmapMut, FileError> {
+    let file = tempfile::tempfile_in(folder).map_err(FileError::io("write", folder))?;
+    file.set_len(len as u64).map_err(FileError::io("write", folder))?;
+    map_scratch(&file).map_err(FileError::io("map", folder))
+}
+
+#[allow(unsafe_code)]
+fn map_scratch(file: &File) -> io::Result<memmap2::MmapMut> {
+    // SAFETY: the file has no name and was made by this process, so no other one can change it.
+    unsafe { memmap2::MmapMut::map_mut(file) }
+}
+
+/// Maps a file for reading.
 #[allow(unsafe_code)]
 fn map_file(file: &File) -> io::Result<memmap2::Mmap> {
     // SAFETY: the map is private and only read. What no program can rule out is that another process shortens or

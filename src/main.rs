@@ -1,1 +1,5 @@
-fn main() {}
+//! The `qcc` program.
+
+fn main() -> std::process::ExitCode {
+    qcc::cli::main(qcc::registry())
+}

@@ -91,6 +91,10 @@ pub trait Env: Sync {
 
     /// Starts a task of `total` steps that the user may want to watch.
     fn progress(&self, task: &str, total: u64) -> Box<dyn Progress>;
+
+    /// A lossy pass that begins with an exact part (moving scales, say) calls this where that part ends, so that the
+    /// driver can check each part by its own measure.
+    fn checkpoint(&self, _m: &Module) {}
 }
 
 /// Receives each wanted value of each calibration batch.

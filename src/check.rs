@@ -1,0 +1,208 @@
+//! `--check`: runs the model before and after a pass, and tells a wiring error from a quantization error.
+//!
+//! An exact pass must agree to rounding. A lossy one is taken apart: the weights that it quantized are dequantized
+//! and put into the graph as it was before the lossy part. That graph against the original is the quantization
+//! error, which is reported; that graph against the pass's own result is the wiring error, which must be rounding.
+//! Int8 activations (`accuracy_level` 4) are an error term of their own.
+
+use crate::env::{DriverEnv, inputs_of};
+use dialects::exec::run_once;
+use dialects::ir::graph::reads;
+use dialects::ir::interp::Interpreter;
+use dialects::ir::{Attr, Elem, Module, Value, infer::compatible};
+use dialects::ops::Item;
+use dialects::tensor::{Data, Tensor};
+use passes::{Exactness, Pass};
+use serde::Serialize;
+
+/// What `--check` found, as relative errors of the model's outputs (Frobenius, the worst output).
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Checked {
+    /// By rewiring alone; rounding when all is well. `None` where it cannot be told apart.
+    pub wiring: Option<f64>,
+    /// By quantized weights.
+    pub quantization: Option<f64>,
+    /// By int8 activations in the ops that the pass left.
+    pub activations: Option<f64>,
+}
+
+/// Checks one pass on the first calibration batch. The error says what was expected and what was found.
+pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -> Result<Checked, String> {
+    let checkpoint = env.checkpoint.lock().unwrap_or_else(|e| e.into_inner()).take();
+    let run = |m: &Module| outputs(m, env);
+    let exact_after = without_int8(after);
+    let (a, b) = (run(&without_int8(before).0)?, run(&exact_after.0)?);
+    let activations = match exact_after.1 {
+        true => Some(error(&b, &run(after)?).0),
+        false => None,
+    };
+    let tolerance = tolerance(before);
+    let agree = |what: &str, (e, output): (f64, usize)| -> Result<f64, String> {
+        // Written so that a NaN fails.
+        if e <= tolerance {
+            return Ok(e);
+        }
+        let name = before.value_label(before.regions[before.top].results[output]);
+        Err(format!(
+            "{what}: output {name:?} differs by {e:.2e} (relative), where rounding allows {tolerance:.0e}"
+        ))
+    };
+    if pass.exactness() == Exactness::Exact {
+        let wiring = agree("wiring error of an exact pass", error(&a, &b))?;
+        return Ok(Checked { wiring: Some(wiring), quantization: None, activations });
+    }
+    let mut wiring = 0.0f64;
+    let (start, reference) = match checkpoint {
+        Some(m) => {
+            let outputs = run(&m)?;
+            wiring = agree("wiring error of the exact part of a lossy pass", error(&a, &outputs))?;
+            (m, outputs)
+        }
+        None => (before.clone(), a),
+    };
+    let Some(dequantized) = with_weights_of(start, &exact_after.0, env)? else {
+        let quantization = Some(error(&reference, &b).0);
+        return Ok(Checked { wiring: None, quantization, activations });
+    };
+    let d = run(&dequantized)?;
+    wiring = wiring.max(agree("wiring error beside the quantized weights", error(&d, &b))?);
+    Ok(Checked { wiring: Some(wiring), quantization: Some(error(&reference, &d).0), activations })
+}
+
+/// What rounding may do, relative.
+fn tolerance(m: &Module) -> f64 {
+    let narrow = |v: &dialects::ir::ValueData| matches!(v.ty.elem(), Some(Elem::F16 | Elem::BF16));
+    if m.values.values().any(narrow) { 2e-2 } else { 1e-4 }
+}
+
+fn outputs(m: &Module, env: &DriverEnv) -> Result<Vec<Item>, String> {
+    let data = env.calibration.as_ref().ok_or("there are no sample inputs")?;
+    let batch = data.batches().next().ok_or("there are no sample inputs")?;
+    let inputs = inputs_of(m, batch.map_err(|e| e.message)?);
+    let exec = Interpreter::new(env.ops.clone());
+    run_once(&exec, m, &inputs, &m.regions[m.top].results).map_err(|e| e.to_string())
+}
+
+/// The module with exact activations, and whether that is another one.
+fn without_int8(m: &Module) -> (Module, bool) {
+    let mut m = m.clone();
+    let mut changed = false;
+    for op in m.live_ops() {
+        let attrs = &mut m.ops[op].attrs;
+        if attrs.int("accuracy_level").is_some_and(|l| l != 0) {
+            attrs.set("accuracy_level", Attr::Int(0));
+            changed = true;
+        }
+    }
+    (m, changed)
+}
+
+/// `m` with every operand that `after` computes from constants, and `m` does not have so, in its place: the
+/// weights of `after`, dequantized. `None` when there is no such operand.
+fn with_weights_of(mut m: Module, after: &Module, env: &DriverEnv) -> Result<Option<Module>, String> {
+    let exec = Interpreter::new(env.ops.clone());
+    let mut any = false;
+    for op in m.live_ops() {
+        let Some(new) = after.ops.get(op).filter(|new| new.name == m.ops[op].name) else { continue };
+        for (i, b) in new.operands.clone().into_iter().enumerate() {
+            let (Some(a), Some(b)) = (m.ops[op].operand(i), b) else { continue };
+            let fits = compatible(m.ty(a), after.ty(b));
+            if a == b || !fits || !is_constant(&m, a) || !is_constant(after, b) {
+                continue;
+            }
+            let item = run_once(&exec, after, &[], &[b]).map_err(|e| e.to_string())?.remove(0);
+            let tensor = item.tensor().map_err(|e| e.to_string())?;
+            let region = m.ops[op].region;
+            let v = m.add_const(region, "", tensor.to_const());
+            m.ops[op].operands[i] = Some(v);
+            any = true;
+        }
+    }
+    Ok(any.then_some(m))
+}
+
+/// Whether a value depends on constants alone.
+fn is_constant(m: &Module, v: Value) -> bool {
+    if m.const_of(v).is_some() {
+        return true;
+    }
+    m.def_op(v).is_some_and(|(op, _)| {
+        let reads = reads(m, op);
+        !reads.is_empty() && reads.into_iter().all(|v| is_constant(m, v))
+    })
+}
+
+/// The worst relative error over all outputs, and which output has it.
+fn error(a: &[Item], b: &[Item]) -> (f64, usize) {
+    let each = a.iter().zip(b).enumerate().map(|(i, (a, b))| (item_error(a, b), i));
+    // A NaN counts as the worst.
+    each.max_by(|x, y| x.0.total_cmp(&y.0)).unwrap_or((0.0, 0))
+}
+
+fn item_error(a: &Item, b: &Item) -> f64 {
+    match (a, b) {
+        (Item::Tensor(a), Item::Tensor(b)) => tensor_error(a, b),
+        (Item::Sequence(a), Item::Sequence(b)) if a.len() == b.len() => error(a, b).0,
+        (Item::Optional(a), Item::Optional(b)) => match (a, b) {
+            (Some(a), Some(b)) => item_error(a, b),
+            (None, None) => 0.0,
+            _ => f64::INFINITY,
+        },
+        _ => f64::INFINITY,
+    }
+}
+
+fn tensor_error(a: &Tensor, b: &Tensor) -> f64 {
+    if a.shape() != b.shape() {
+        return f64::INFINITY;
+    }
+    if let (Data::F64(a), Data::F64(b)) = (a.data(), b.data()) {
+        return relative(a.iter().copied().zip(b.iter().copied()));
+    }
+    match (a.to_f32(), b.to_f32()) {
+        (Ok(a), Ok(b)) => relative(a.iter().map(|&x| x.into()).zip(b.iter().map(|&x| x.into()))),
+        // Integers, booleans and strings are equal or not.
+        _ if a == b => 0.0,
+        _ => f64::INFINITY,
+    }
+}
+
+/// |a - b| / |a|. Equal infinities and NaN in both count as equal.
+fn relative(pairs: impl Iterator<Item = (f64, f64)>) -> f64 {
+    let (mut off, mut norm) = (0.0f64, 0.0f64);
+    for (a, b) in pairs {
+        if a == b || (a.is_nan() && b.is_nan()) {
+            norm += if a.is_finite() { a * a } else { 0.0 };
+            continue;
+        }
+        off += (a - b) * (a - b);
+        norm += a * a;
+    }
+    if off == 0.0 { 0.0 } else { (off / norm).sqrt() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relative_errors() {
+        let of = |a: &[f64], b: &[f64]| relative(a.iter().copied().zip(b.iter().copied()));
+        assert_eq!(of(&[3.0, 4.0], &[3.0, 4.0]), 0.0);
+        assert_eq!(of(&[3.0, 4.0], &[3.0, 5.0]), 0.2);
+        assert_eq!(of(&[0.0], &[0.0]), 0.0);
+        assert_eq!(of(&[0.0], &[1.0]), f64::INFINITY);
+        assert_eq!(of(&[f64::NEG_INFINITY, f64::NAN, 1.0], &[f64::NEG_INFINITY, f64::NAN, 1.0]), 0.0);
+        assert!(of(&[1.0], &[f64::NAN]).is_nan());
+        assert!(of(&[1.0, f64::INFINITY], &[1.0, 0.0]).is_nan());
+    }
+
+    #[test]
+    fn shapes_and_kinds_must_agree() {
+        let t = |shape: &[usize]| Item::from(Tensor::new(shape, vec![1.0f32, 2.0]).unwrap());
+        let ints = |x: i64| Item::from(Tensor::scalar(x));
+        assert_eq!(error(&[t(&[2])], &[t(&[2])]), (0.0, 0));
+        assert_eq!(error(&[ints(1), t(&[2])], &[ints(1), t(&[1, 2])]), (f64::INFINITY, 1));
+        assert_eq!(error(&[ints(1)], &[ints(2)]), (f64::INFINITY, 0));
+    }
+}

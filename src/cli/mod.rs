@@ -1,0 +1,157 @@
+//! The command line. `qcc model.onnx --pass ... -o out.onnx` is the default command; the others are subcommands,
+//! one file each.
+
+mod inspect;
+mod list;
+mod quantize;
+
+use crate::error::Error;
+use crate::term::{self, Term};
+use crate::{Registry, report};
+use clap::{CommandFactory, Parser, Subcommand};
+use miette::{GraphicalReportHandler, GraphicalTheme};
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+/// A quantization compiler: ONNX in, a typed graph rewritten by passes, quantized ONNX out.
+#[derive(Parser)]
+#[command(
+    name = "qcc",
+    version,
+    args_conflicts_with_subcommands = true,
+    disable_help_subcommand = true,
+    max_term_width = 110,
+    after_help = "Examples:\n  \
+        qcc model.onnx --pass awq,pack-int4 -o model.q.onnx\n  \
+        qcc model.onnx --pass 'rtn{group=64, skip=[*lm_head*]},pack-int4' -o model.q.onnx\n  \
+        qcc model.onnx --preset int4-awq --calib tokens.npy -o model.q.onnx --strict\n  \
+        qcc inspect model.onnx"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    quantize: quantize::Args,
+    #[command(flatten)]
+    global: Global,
+}
+
+/// Flags of every command.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "General")]
+struct Global {
+    /// Threads to compute with [default: one per core]; the result does not depend on it
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Say nothing but errors and what was asked for by name
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Report as JSON on stdout
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// What a model holds, and which of its weights can be quantized
+    Inspect(inspect::Args),
+}
+
+/// What a command works with.
+struct Context {
+    registry: Registry,
+    term: Term,
+    json: bool,
+}
+
+/// The whole program: parses the command line, runs it, and renders what goes wrong. Exit status 0 is success,
+/// 1 bad input, 2 a wrong command line.
+pub fn main(registry: Registry) -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version are no errors, but come this way too.
+            let _ = e.print();
+            return ExitCode::from(e.exit_code() as u8);
+        }
+    };
+    match run(cli, registry) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{}", render(&e));
+            ExitCode::from(e.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli, registry: Registry) -> Result<(), Error> {
+    term::handle_interrupts();
+    if let Some(n) = cli.global.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n.into());
+        pool.build_global().map_err(|e| Error::usage(format!("--threads {n}: {e}"), "give fewer threads"))?;
+    }
+    let cx = Context { registry, term: Term::new(cli.global.quiet), json: cli.global.json };
+    match cli.command {
+        Some(Command::Inspect(args)) => inspect::run(&args, &cx),
+        None if cli.quantize.list_passes => list::run(&cx),
+        None => match cli.quantize.completions {
+            Some(shell) => {
+                let mut text = Vec::new();
+                clap_complete::generate(shell, &mut Cli::command(), "qcc", &mut text);
+                print(&String::from_utf8_lossy(&text))
+            }
+            None => quantize::run(&cli.quantize, &cx),
+        },
+    }
+}
+
+/// Writes a result to stdout. A reader that closed the pipe early, as `head` does, is no failure.
+fn print(text: &str) -> Result<(), Error> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Error::Model(format!("cannot write to stdout: {e}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn render(e: &Error) -> String {
+    let color = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let theme = if color { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
+    let handler = GraphicalReportHandler::new_themed(theme)
+        .without_cause_chain()
+        .with_width(width(io::stderr().is_terminal()).into());
+    let mut out = String::new();
+    match handler.render_report(&mut out, e) {
+        Ok(()) => out.trim_matches('\n').to_string(),
+        Err(_) => e.to_string(),
+    }
+}
+
+/// Columns to write: those of the terminal, or 110.
+fn width(terminal: bool) -> u16 {
+    const DEFAULT: u16 = 110;
+    let columns = || {
+        comfy_table::Table::new().set_content_arrangement(comfy_table::ContentArrangement::Dynamic).width()
+    };
+    let found = if terminal { columns() } else { None };
+    found.unwrap_or(DEFAULT).clamp(60, 200)
+}
+
+/// Prints a report as asked: JSON, text, or nothing.
+fn publish(cx: &Context, s: &report::Summary, show: report::Show, to_stderr: bool) -> Result<(), Error> {
+    if cx.json {
+        return print(&format!("{}\n", s.json()));
+    }
+    if cx.term.quiet() && !show.stats && !show.timing {
+        return Ok(());
+    }
+    let terminal = if to_stderr { io::stderr().is_terminal() } else { io::stdout().is_terminal() };
+    let color = terminal && std::env::var_os("NO_COLOR").is_none();
+    let text = s.text(show, width(terminal), color);
+    if to_stderr {
+        cx.term.trace(&text);
+        return Ok(());
+    }
+    print(&text)
+}

@@ -1,0 +1,311 @@
+//! The default command: read a model, run a pipeline, write the result, report.
+
+use super::{Context, print, publish};
+use crate::calibrate::{self, Calibration};
+use crate::driver::{self, After, Options};
+use crate::env::DriverEnv;
+use crate::error::Error;
+use crate::files;
+use crate::model::{self, Format, SaveOptions};
+use crate::pipeline::{PRESETS, Pipeline, nearest};
+use crate::report::{self, Float, Show, Summary, Totals};
+use dialects::ir::Module;
+use passes::{Exactness, Settings};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What runs on packed weights, and how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Profile {
+    /// ONNX Runtime on a CPU, fastest: int8 activations in packed ops (accuracy_level 4)
+    #[default]
+    OrtCpu,
+    /// ONNX Runtime on a CPU, exact activations (accuracy_level 0)
+    OrtCpuExact,
+}
+
+/// The element type of scales in the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum ScaleType {
+    /// 16-bit, behind a Cast that the runtime folds
+    F16,
+    /// That of the activations
+    #[default]
+    F32,
+}
+
+/// What becomes of a weight that is both embedding and head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Tied {
+    /// One quantized blob for both
+    Shared,
+    /// The head is quantized, the embedding stays float
+    #[default]
+    Separate,
+}
+
+/// The flags of the default command.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// The model: .onnx, or .qir with its weights beside it
+    #[arg(value_name = "MODEL", required_unless_present_any = ["list_passes", "completions"])]
+    model: Option<PathBuf>,
+    /// Passes in order, with options: awq{group=64, clip=false},pack-int4. May be given more than once
+    #[arg(long, short, value_name = "PASSES")]
+    pass: Vec<String>,
+    /// A pipeline by name, such as int4-awq (--list-passes shows them)
+    #[arg(long, value_name = "NAME", conflicts_with = "pass")]
+    preset: Option<String>,
+    /// Where to write the result
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// What to write [default: by the name of the output]; qir without an output prints it
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    emit: Option<Format>,
+    /// Run and report, but write nothing
+    #[arg(long, conflicts_with = "output")]
+    dry_run: bool,
+    /// Show passes and presets, and leave
+    #[arg(long)]
+    pub(super) list_passes: bool,
+    /// Print a completion script for this shell, and leave
+    #[arg(long, value_name = "SHELL")]
+    pub(super) completions: Option<clap_complete::Shell>,
+
+    /// Quantize only ops whose node, weight or op type matches (`*` stands for anything); for every pass
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',', help_heading = "Quantization")]
+    only: Vec<String>,
+    /// Leave ops alone whose node, weight or op type matches; for every pass
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',', help_heading = "Quantization")]
+    skip: Vec<String>,
+    /// Fail when a weight-bearing op stays float that --skip does not name
+    #[arg(long, help_heading = "Quantization")]
+    strict: bool,
+    /// Go on when a quantizing pass finds nothing to work on
+    #[arg(long, help_heading = "Quantization")]
+    allow_noop: bool,
+    /// Keep a scale that has no place in the graph as a Mul
+    #[arg(long, help_heading = "Quantization")]
+    allow_mul: bool,
+    /// What the model is to run on
+    #[arg(long, value_enum, default_value_t, help_heading = "Quantization")]
+    profile: Profile,
+    /// The type of scales
+    #[arg(long, value_enum, default_value_t, help_heading = "Quantization")]
+    scale_type: ScaleType,
+    /// A weight that is both embedding and head
+    #[arg(long, value_enum, default_value_t, help_heading = "Quantization")]
+    tied: Tied,
+    /// Raise no opset; a form that needs a newer one is an error
+    #[arg(long, help_heading = "Quantization")]
+    keep_opset: bool,
+    /// Put weights into a file beside the model (done for models over 1 GiB in any case)
+    #[arg(long, help_heading = "Quantization")]
+    external_data: bool,
+
+    #[command(flatten)]
+    calibration: calibrate::Options,
+    #[command(flatten)]
+    debug: Debug,
+}
+
+/// The flags that look into a pipeline.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Looking into passes")]
+struct Debug {
+    /// Print the IR to stderr after a pass, after `all`, or after those that `changed` it
+    #[arg(long, value_name = "PASS")]
+    print_ir_after: Vec<After>,
+    /// Print what every pass changed, as a diff
+    #[arg(long)]
+    print_diff: bool,
+    /// Leave out the verifier between passes
+    #[arg(long)]
+    no_verify: bool,
+    /// Run the model before and after every pass and compare
+    #[arg(long)]
+    check: bool,
+    /// Report the time of every pass
+    #[arg(long)]
+    timing: bool,
+    /// Report what every pass counted
+    #[arg(long)]
+    stats: bool,
+    /// Stop after this pass
+    #[arg(long, value_name = "PASS")]
+    stop_after: Option<String>,
+    /// Run only the first N passes, and say which
+    #[arg(long, value_name = "N")]
+    bisect_limit: Option<usize>,
+    /// A failing pass leaves its input and the pipeline in this folder
+    #[arg(long, value_name = "DIR")]
+    repro: Option<PathBuf>,
+}
+
+pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
+    let started = Instant::now();
+    let input = args.model.as_deref().expect("clap asks for a model");
+    let format = args.emit.unwrap_or_else(|| args.output.as_deref().map_or(Format::Onnx, Format::of));
+    let to_stdout = args.output.is_none() && args.emit == Some(Format::Qir) && !args.dry_run;
+    if args.output.is_none() && !to_stdout && !args.dry_run {
+        return Err(Error::usage("no output", "give -o FILE, or --dry-run to write nothing"));
+    }
+    if to_stdout && cx.json {
+        return Err(Error::usage(
+            "both the IR and the report would go to stdout",
+            "give -o FILE to one of them",
+        ));
+    }
+    let pipeline = pipeline(args, cx)?;
+    let loaded = model::load(input)?;
+    if let Some(output) = &args.output {
+        files::refuse_overwrite(output, &loaded.files)?;
+    }
+    let mut m = loaded.module;
+    let found = driver::verify(&mut m, &cx.registry);
+    if !found.is_empty() && !args.debug.no_verify {
+        return Err(Error::Invalid { path: input.to_owned(), found });
+    }
+    let env = env(args, cx, &pipeline, &m)?;
+    let options = options(args);
+    let mut outcome = driver::run(&mut m, &pipeline, &cx.registry, &env, &options)?;
+    let calibration = env.calibration.as_ref();
+    for w in loaded.warnings.iter().chain(calibration.iter().flat_map(|c| &c.warnings)) {
+        outcome.report.warn(w.clone());
+    }
+    let quantizes = pipeline.steps.iter().any(|s| s.pass.exactness() == Exactness::Lossy);
+    let float = if quantizes { report::float(&m, &pipeline, &outcome.report) } else { Vec::new() };
+    if args.strict {
+        strict(&float)?;
+    }
+    if !pipeline.steps.is_empty() {
+        provenance(&mut m, &recipe(args, &pipeline), calibration);
+    }
+    let mut totals = Totals { input_bytes: total_size(&loaded.files), ..Totals::default() };
+    totals.weights(&outcome.report);
+    if to_stdout {
+        print(&model::text(&m))?;
+    } else if let Some(output) = &args.output {
+        let save = SaveOptions { external_data: args.external_data };
+        totals.output_bytes = Some(model::save(&m, output, format, save)?);
+    }
+    totals.seconds = started.elapsed().as_secs_f64();
+    let summary = Summary {
+        input: input.display().to_string(),
+        output: args.output.as_ref().map(|p| p.display().to_string()),
+        recipe: pipeline.normalized(),
+        calibration: calibration.map(|c| c.description.clone()),
+        weights: outcome.report.weights,
+        float,
+        totals,
+        passes: outcome.passes,
+        warnings: outcome.report.warnings,
+        notes: outcome.report.notes,
+    };
+    publish(cx, &summary, Show { timing: args.debug.timing, stats: args.debug.stats }, to_stdout)
+}
+
+fn pipeline(args: &Args, cx: &Context) -> Result<Pipeline, Error> {
+    let text = match &args.preset {
+        Some(name) => preset(name)?.to_string(),
+        None => args.pass.join(","),
+    };
+    if text.trim().is_empty() {
+        return Ok(Pipeline { text, steps: Vec::new() });
+    }
+    Ok(Pipeline::parse(&text, &cx.registry, &args.only, &args.skip)?)
+}
+
+fn preset(name: &str) -> Result<&'static str, Error> {
+    if let Some(p) = PRESETS.iter().find(|p| p.0 == name) {
+        return Ok(p.1);
+    }
+    let known: Vec<&str> = PRESETS.iter().map(|p| p.0).collect();
+    let near = nearest(name, &known).map(|n| format!("did you mean {n:?}? ")).unwrap_or_default();
+    Err(Error::usage(
+        format!("unknown preset {name:?}"),
+        format!("{near}known presets: {}", known.join(", ")),
+    ))
+}
+
+fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<DriverEnv, Error> {
+    let needed = args.debug.check || pipeline.steps.iter().any(|s| s.pass.needs_calibration());
+    let open = || Calibration::open(&args.calibration, m, cx.registry.ops(), &cx.term);
+    let calibration = needed.then(open).transpose();
+    let calibration = calibration.map_err(|e| Error::Calibration { message: e.message, help: e.help })?;
+    let beside = args.output.as_deref().and_then(Path::parent).filter(|p| !p.as_os_str().is_empty());
+    Ok(DriverEnv {
+        ops: cx.registry.ops().clone(),
+        term: cx.term,
+        scratch: beside.map_or_else(std::env::temp_dir, Path::to_owned),
+        calibration,
+        checkpoint: Default::default(),
+        keep_checkpoints: args.debug.check,
+    })
+}
+
+fn options(args: &Args) -> Options {
+    let debug = &args.debug;
+    Options {
+        no_verify: debug.no_verify,
+        check: debug.check,
+        print_after: debug.print_ir_after.clone(),
+        print_diff: debug.print_diff,
+        stop_after: debug.stop_after.clone(),
+        bisect_limit: debug.bisect_limit,
+        repro: debug.repro.clone(),
+        settings: Settings {
+            allow_noop: args.allow_noop,
+            allow_mul: args.allow_mul,
+            accuracy_level: match args.profile {
+                Profile::OrtCpu => 4,
+                Profile::OrtCpuExact => 0,
+            },
+            f16_scales: args.scale_type == ScaleType::F16,
+            tied_shared: args.tied == Tied::Shared,
+            keep_opset: args.keep_opset,
+        },
+    }
+}
+
+fn strict(float: &[Float]) -> Result<(), Error> {
+    let unasked = float.iter().filter(|f| !f.asked);
+    let left: Vec<String> = unasked.map(|f| format!("  {} at node {:?}: {}", f.op, f.node, f.why)).collect();
+    if left.is_empty() { Ok(()) } else { Err(Error::Strict { left }) }
+}
+
+/// The pipeline with every option, and the flags that change what passes do.
+fn recipe(args: &Args, pipeline: &Pipeline) -> String {
+    let mut out = pipeline.normalized();
+    let flags = [
+        (args.profile == Profile::OrtCpuExact, "--profile ort-cpu-exact"),
+        (args.scale_type == ScaleType::F16, "--scale-type f16"),
+        (args.tied == Tied::Shared, "--tied shared"),
+        (args.allow_mul, "--allow-mul"),
+        (args.keep_opset, "--keep-opset"),
+    ];
+    for (_, flag) in flags.iter().filter(|(given, _)| *given) {
+        out.push(' ');
+        out.push_str(flag);
+    }
+    out
+}
+
+/// Says in the model how it was made. A model that was made by qcc before keeps its earlier recipe in front.
+fn provenance(m: &mut Module, recipe: &str, calibration: Option<&Calibration>) {
+    let key = |k: &str| format!("metadata.qcc.{k}");
+    let recipe = match m.meta.get(&key("recipe")) {
+        Some(earlier) => format!("{earlier}; {recipe}"),
+        None => recipe.to_string(),
+    };
+    m.meta.set(key("recipe"), recipe);
+    if let Some(c) = calibration {
+        let hex: String = c.hash.iter().map(|b| format!("{b:02x}")).collect();
+        m.meta.set(key("calibration"), format!("blake3:{hex}"));
+    }
+    m.meta.set(key("version"), env!("CARGO_PKG_VERSION"));
+}
+
+fn total_size(files: &[PathBuf]) -> u64 {
+    files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum()
+}
