@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
+import onnx.reference
 from onnx import TensorProto as T, helper as h
 
 OUT = pathlib.Path(__file__).resolve().parent.parent / "dialects" / "testdata"
@@ -201,7 +202,74 @@ def matmul_nbits():
                          domain="com.microsoft", rtol=2e-5, atol=2e-5, K=k, N=n, bits=bits, block_size=group, accuracy_level=level)
 
 
-FAMILIES = [matmul, softmax, normalization, dequantize, matmul_nbits]
+def onnx_reference(op, opset, attrs, inputs, outputs):
+    """The op by the ONNX project's own Python implementation, in float64 where the inputs are float32."""
+    wide = [x.astype("f8") if x is not None and x.dtype == np.float32 else x for x in inputs]
+    names = [f"i{i}" if x is not None else "" for i, x in enumerate(inputs)]
+    outs = [f"o{i}" for i in range(outputs)]
+    graph = h.make_graph([h.make_node(op, names, outs, **attrs)], "g",
+                         [onnx.ValueInfoProto(name=n) for n in names if n], [onnx.ValueInfoProto(name=o) for o in outs])
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", opset)])
+    got = onnx.reference.ReferenceEvaluator(model).run(None, {n: x for n, x in zip(names, wide) if n})
+    return [g.astype("f4") if g.dtype == np.float64 else g for g in got]
+
+
+def attention():
+    def one(label, q, k, v, rest=(), outputs=1, opset=24, **attrs):
+        inputs = [f32(*q), f32(*k), f32(*v), *rest]
+        want = onnx_reference("Attention", opset, attrs, inputs, outputs)
+        case(label, "Attention", inputs, outputs=outputs, opset=opset, want=want, atol=2e-6, **attrs)
+
+    four = ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6))
+    shared = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
+    three = ((2, 5, 32), (2, 7, 16), (2, 7, 12))
+    heads = dict(q_num_heads=4, kv_num_heads=2)
+    one("4d", *four)
+    one("grouped", *shared)
+    one("3d", *three, **heads)
+    one("3d_causal", *three, is_causal=1, scale=0.3, **heads)
+    one("causal", *four, is_causal=1)
+    one("softcap", *four, softcap=1.5)
+    one("long", (1, 1, 150, 4), (1, 1, 150, 4), (1, 1, 150, 4), is_causal=1)
+    for shape in [(7,), (5, 7), (4, 5, 7), (2, 1, 5, 7), (2, 4, 1, 7), (5, 1)]:
+        one(f"float_mask{shape}".replace(" ", ""), *four, rest=[f32(*shape)])
+        mask = rng.random(shape) < 0.7
+        one(f"bool_mask{shape}".replace(" ", ""), *shared, rest=[mask], is_causal=int(shape == (5, 7)))
+    mask = np.ones((5, 7), bool)
+    mask[2] = False
+    one("nothing_to_attend", *four, rest=[mask])
+    one("mask_and_softcap", *four, rest=[mask], softcap=2.0)
+    past = [f32(2, 2, 3, 8), f32(2, 2, 3, 6)]
+    one("past", *shared, rest=[None, *past], outputs=3, is_causal=1)
+    one("past_3d", *three, rest=[None, *past], outputs=3, **heads)
+    for mode in range(4):
+        # The reference gives mode 0 after the softcap, against the specification's text.
+        softcap = 3.0 if mode else 0.0
+        one(f"scores{mode}", *shared, rest=[f32(5, 7)], outputs=4, qk_matmul_output_mode=mode, softcap=softcap)
+    one("padded", *four, rest=[None, None, None, np.array([7, 4])])
+    one("padded_causal", *four, rest=[None, None, None, np.array([7, 3])], is_causal=1)
+    one("short_mask", *four, rest=[f32(5, 6), None, None, np.array([5, 6])])
+    one("window", (1, 2, 6, 4), (1, 2, 6, 4), (1, 2, 6, 4), opset=27, left_window_size=2, right_window_size=1)
+    one("window_causal", (1, 2, 6, 4), (1, 2, 6, 4), (1, 2, 6, 4), opset=27, left_window_size=1, is_causal=1)
+    # What ONNX Runtime makes of the same op.
+    case("ort", "Attention", [f32(2, 4, 5, 8), f32(2, 2, 5, 8), f32(2, 2, 5, 8), f32(5, 5)], opset=23, is_causal=1)
+
+
+def rotary():
+    cache = lambda *shape: (np.cos(f32(*shape)), np.sin(f32(*shape)))
+    positions = rng.integers(0, 11, (2, 3))
+    for interleaved in [0, 1]:
+        for label, x, caches, rest, attrs in [
+            ("4d", f32(2, 4, 3, 8), cache(2, 3, 4), [], {}),
+            ("4d_positions", f32(2, 4, 3, 8), cache(11, 4), [positions], {}),
+            ("3d", f32(2, 3, 32), cache(2, 3, 4), [], {"num_heads": 4}),
+            ("3d_positions", f32(2, 3, 32), cache(11, 4), [positions], {"num_heads": 4}),
+            ("part", f32(2, 4, 3, 8), cache(11, 3), [positions], {"rotary_embedding_dim": 6}),
+        ]:
+            case(f"{label}_{interleaved}", "RotaryEmbedding", [x, *caches, *rest], opset=23, interleaved=interleaved, **attrs)
+
+
+FAMILIES = [matmul, softmax, normalization, dequantize, matmul_nbits, attention, rotary]
 
 if __name__ == "__main__":
     for family in FAMILIES:

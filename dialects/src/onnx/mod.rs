@@ -2,9 +2,12 @@
 
 use crate::ops::OpDef;
 
+mod attention;
 mod matmul;
 mod normalization;
+mod rotary;
 mod softmax;
 
 /// Every family of ops in this dialect.
-pub const FAMILIES: &[&[OpDef]] = &[matmul::OPS, normalization::OPS, softmax::OPS];
+pub const FAMILIES: &[&[OpDef]] =
+    &[attention::OPS, matmul::OPS, normalization::OPS, rotary::OPS, softmax::OPS];
