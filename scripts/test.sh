@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The one test command: formatting, lints, Rust tests, doc tests, and interop tests against ONNX Runtime.
+#
+# Needs Rust (rustup honours rust-toolchain.toml) and Python 3.11 or newer with venv; the Python packages that the
+# interop tests need go into .venv, pinned by tests/requirements.txt. QCC_MODELS names a folder of further models;
+# without it the tests that need them are skipped, and say so.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=.venv
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+failed_steps=()
+
+# step NAME COMMAND...: runs on after a failure, so that one run shows everything that is wrong.
+step() {
+  local name=$1 start=$SECONDS
+  shift
+  printf '\n==> %s\n' "$name"
+  if "$@" </dev/null 2>&1 | tee -a "$log"; then
+    printf '==> %s: ok (%d s)\n' "$name" $((SECONDS - start))
+  else
+    printf '==> %s: FAILED (%d s)\n' "$name" $((SECONDS - start))
+    failed_steps+=("$name")
+  fi
+}
+
+# The copy of the list says that the installation went through.
+python_packages() {
+  cmp -s tests/requirements.txt "$venv/requirements.txt" || {
+    python3 -m venv --clear "$venv" &&
+      "$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/requirements.txt &&
+      cp tests/requirements.txt "$venv/requirements.txt"
+  }
+}
+
+step "python packages" python_packages
+step "formatting" cargo fmt --all --check
+step "lints" cargo clippy --workspace --all-targets --quiet -- -D warnings
+step "rust tests" cargo test --workspace --no-fail-fast
+step "build for the interop tests" cargo build
+step "interop tests" "$venv/bin/python" -m unittest discover --start-directory tests/interop --verbose
+
+# `cargo test` says "test result: ok. 3 passed; 0 failed; ..."; unittest says one line a test, ending "... ok".
+awk -v steps="${#failed_steps[@]}" '
+  /^test result:/ { passed += $4; failed += $6 }
+  / \.\.\. ok$/ && !/^test / { passed++ }
+  / \.\.\. (FAIL|ERROR)$/ { failed++ }
+  END { if (steps && !failed) failed = steps; printf "\n%d passed, %d failed\n", passed, failed }' "$log"
+if ((${#failed_steps[@]})); then
+  printf 'failed: %s\n' "${failed_steps[*]}"
+  exit 1
+fi
