@@ -1,0 +1,11 @@
+//! Arrays and tokens from outside, and what a language model is fed with: the ground of calibration and evaluation.
+
+pub mod lm;
+pub mod npy;
+pub mod tokens;
+
+use dialects::ir::Symbol;
+use dialects::tensor::Tensor;
+
+/// Values of a model's inputs for one run, by name.
+pub type Batch = Vec<(Symbol, Tensor)>;
