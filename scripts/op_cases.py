@@ -269,7 +269,72 @@ def rotary():
             case(f"{label}_{interleaved}", "RotaryEmbedding", [x, *caches, *rest], opset=23, interleaved=interleaved, **attrs)
 
 
-FAMILIES = [matmul, softmax, normalization, dequantize, matmul_nbits, attention, rotary]
+def conv():
+    def one(label, x, w, bias=True, **attrs):
+        inputs = [f32(*x), f32(*w)] + ([f32(w[0])] if bias else [])
+        case(label, "Conv", inputs, atol=1e-5, **attrs)
+
+    one("1d", (2, 3, 9), (4, 3, 3))
+    one("1d_stride_pad", (2, 3, 10), (4, 3, 3), strides=[2], pads=[1, 2])
+    one("2d", (2, 3, 7, 6), (5, 3, 3, 2), bias=False)
+    one("2d_dilated", (1, 2, 9, 8), (3, 2, 3, 3), dilations=[2, 1], pads=[1, 0, 2, 1], strides=[1, 2])
+    one("2d_groups", (2, 4, 6, 6), (6, 2, 3, 3), group=2, pads=[1, 1, 1, 1])
+    one("depthwise", (1, 4, 6, 6), (4, 1, 3, 3), group=4, kernel_shape=[3, 3])
+    one("3d", (1, 2, 5, 4, 6), (3, 2, 2, 3, 2), strides=[2, 1, 1], pads=[1, 0, 0, 0, 1, 1])
+    one("many_tiles", (1, 1, 40, 33), (2, 1, 3, 3), pads=[1, 1, 1, 1])
+    one("1x1", (1, 5, 3, 3), (2, 5, 1, 1), strides=[2, 2])
+    for auto in ["SAME_UPPER", "SAME_LOWER", "VALID"]:
+        for stride in [1, 2]:
+            one(f"{auto}{stride}", (1, 2, 8, 7), (2, 2, 4, 3), auto_pad=auto, strides=[stride, stride])
+
+
+def pool():
+    for op in ["MaxPool", "AveragePool"]:
+        for label, x, attrs in [
+            ("1d", (2, 3, 9), dict(kernel_shape=[3])),
+            ("2d_stride", (1, 2, 8, 7), dict(kernel_shape=[3, 2], strides=[2, 2])),
+            ("2d_pads", (1, 2, 8, 7), dict(kernel_shape=[3, 3], strides=[2, 1], pads=[1, 0, 1, 2])),
+            ("2d_ceil", (1, 2, 8, 7), dict(kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)),
+            ("2d_ceil_pads", (1, 2, 8, 7), dict(kernel_shape=[3, 3], strides=[3, 3], pads=[1, 1, 1, 1], ceil_mode=1)),
+            ("2d_dilated", (1, 2, 8, 7), dict(kernel_shape=[2, 3], dilations=[2, 2])),
+            ("3d", (1, 2, 4, 5, 3), dict(kernel_shape=[2, 2, 2], strides=[1, 2, 1])),
+            ("same_upper", (1, 2, 8, 7), dict(kernel_shape=[3, 2], strides=[2, 2], auto_pad="SAME_UPPER")),
+            ("same_lower", (1, 2, 8, 7), dict(kernel_shape=[3, 2], strides=[2, 2], auto_pad="SAME_LOWER")),
+        ]:
+            if op == "MaxPool":
+                case(label, op, [f32(*x)], outputs=2, **attrs)
+            else:
+                case(label, op, [f32(*x)], **attrs)
+                case(f"{label}_with_padding", op, [f32(*x)], count_include_pad=1, **attrs)
+    case("column_major", "MaxPool", [f32(1, 2, 5, 4)], outputs=2, kernel_shape=[2, 2], storage_order=1)
+    case("u8", "MaxPool", [rng.integers(0, 255, (1, 2, 5, 4)).astype("u1")], kernel_shape=[2, 2], rtol=0, atol=0)
+    case("i8", "MaxPool", [rng.integers(-128, 127, (1, 2, 5, 4)).astype("i1")], kernel_shape=[2, 2], pads=[1, 1, 0, 0], rtol=0, atol=0)
+    for op in ["GlobalAveragePool", "GlobalMaxPool"]:
+        case("2d", op, [f32(2, 3, 5, 7)])
+        case("1d", op, [f32(2, 3, 33)])
+
+
+def channel_norm():
+    for shape in [(2, 3, 4, 5), (2, 3), (2, 3, 7)]:
+        x = f32(*shape) * 2 + 1
+        parameters = [f32(3), f32(3), f32(3), rng.random(3).astype("f4") + 0.1]
+        case(f"{shape}".replace(" ", ""), "BatchNormalization", [x, *parameters], opset=15, epsilon=1e-3, atol=1e-5)
+        case(f"opset9_{shape}".replace(" ", ""), "BatchNormalization", [x, *parameters], opset=9, atol=1e-5)
+    for shape in [(2, 3, 4, 5), (2, 3, 7)]:
+        case(f"{shape}".replace(" ", ""), "InstanceNormalization", [f32(*shape), f32(3), f32(3)], epsilon=1e-2, atol=1e-5)
+    x = f32(2, 6, 4, 3)
+    z = x.astype("f8").reshape(2, 3, -1)
+    z = ((z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-5)).reshape(x.shape)
+    scale, bias = f32(6), f32(6)
+    by_channel = lambda v: v.reshape(1, -1, 1, 1)
+    case("group21", "GroupNormalization", [x, scale, bias], opset=21, num_groups=3, atol=1e-5,
+         want=[(z * by_channel(scale) + by_channel(bias)).astype("f4")])
+    scale, bias = f32(3), f32(3)
+    case("group18", "GroupNormalization", [x, scale, bias], opset=18, num_groups=3, atol=1e-5,
+         want=[(z * by_channel(scale.repeat(2)) + by_channel(bias.repeat(2))).astype("f4")])
+
+
+FAMILIES = [matmul, softmax, normalization, dequantize, matmul_nbits, attention, rotary, conv, pool, channel_norm]
 
 if __name__ == "__main__":
     for family in FAMILIES:

@@ -3,11 +3,23 @@
 use crate::ops::OpDef;
 
 mod attention;
+mod channel_norm;
+mod conv;
 mod matmul;
 mod normalization;
+mod pool;
 mod rotary;
 mod softmax;
+mod window;
 
 /// Every family of ops in this dialect.
-pub const FAMILIES: &[&[OpDef]] =
-    &[attention::OPS, matmul::OPS, normalization::OPS, rotary::OPS, softmax::OPS];
+pub const FAMILIES: &[&[OpDef]] = &[
+    attention::OPS,
+    channel_norm::OPS,
+    conv::OPS,
+    pool::OPS,
+    matmul::OPS,
+    normalization::OPS,
+    rotary::OPS,
+    softmax::OPS,
+];
