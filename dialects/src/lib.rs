@@ -10,6 +10,7 @@ pub mod kernels;
 pub mod onnx;
 pub mod ops;
 pub mod quant;
+pub mod random;
 pub mod tensor;
 
 #[cfg(test)]

@@ -1,11 +1,15 @@
 //! The graph IR: SSA over tensors, in regions of ordered ops.
 
 pub mod attrs;
+pub mod bind;
 pub mod consts;
 pub mod graph;
 pub mod infer;
 pub mod interp;
+pub mod literal;
 pub mod module;
+pub mod parse;
+pub mod print;
 pub mod types;
 
 pub use attrs::{Attr, Attrs};

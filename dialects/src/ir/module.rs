@@ -4,6 +4,7 @@
 //! after the definitions of its operands; a nested region may use values of the regions around it; a value
 //! that is a result of the top region keeps its name, since that name is the model's contract.
 
+use super::literal::{Quoted, is_word};
 use super::{Attr, Attrs, ConstData, ConstId, ConstPool, Dim, Type};
 use cranelift_entity::{PrimaryMap, entity_impl};
 use std::collections::{BTreeMap, HashMap};
@@ -51,6 +52,15 @@ impl OpName {
     /// The whole name.
     pub fn as_str(&self) -> &str {
         &self.full
+    }
+
+    /// The name as the text form writes it: in two quoted parts where it is no plain word or would split elsewhere.
+    pub fn text(&self) -> String {
+        let plain = is_word(&self.full) && OpName::parse(&self.full).as_ref() == Some(self);
+        match plain {
+            true => self.full.to_string(),
+            false => format!("{}.{}", Quoted(self.dialect().as_bytes()), Quoted(self.op().as_bytes())),
+        }
     }
 
     /// The dialect, such as `onnx` or `com.microsoft`.

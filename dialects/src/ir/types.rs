@@ -1,5 +1,6 @@
 //! Types: element types, symbolic dims, and the tensor, sequence, optional and map types of values.
 
+use super::literal::Name;
 use std::fmt;
 use std::sync::Arc;
 
@@ -340,8 +341,7 @@ impl fmt::Display for TensorType {
                 for d in dims {
                     match d {
                         // A name that is no plain word is quoted, so that the text parses back.
-                        Dim::Sym(s) if !is_word(s) => write!(f, "{:?}x", &**s)?,
-                        Dim::Sym(s) => write!(f, "{s} x ")?,
+                        Dim::Sym(s) => write!(f, "{} x ", Name(s))?,
                         d => write!(f, "{d}x")?,
                     }
                 }
@@ -349,13 +349,6 @@ impl fmt::Display for TensorType {
         }
         write!(f, "{}>", self.elem)
     }
-}
-
-/// Whether `s` can stand unquoted in the text form: a letter or `_`, then letters, digits, `_`, `.`, `/`, `:`, `-`.
-pub fn is_word(s: &str) -> bool {
-    let mut chars = s.chars();
-    chars.next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_' || c == '/')
-        && chars.all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '/' | ':' | '-'))
 }
 
 impl fmt::Display for Type {
