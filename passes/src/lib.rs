@@ -4,6 +4,7 @@
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
 pub mod gram;
+pub mod grid;
 pub mod linear;
 pub mod pack_int4;
 pub mod pack_qdq;

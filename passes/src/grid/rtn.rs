@@ -1,0 +1,158 @@
+//! Round to nearest: the grid of a group spans its values, as ONNX Runtime's MatMulNBits quantizer places it.
+//!
+//! Asymmetric: from min to max, zero included; `scale = (max - min) / (2^bits - 1)`, `zero = round(-min / scale)`.
+//! Symmetric: `scale = m / -2^(bits-1)` where m is the value of largest magnitude, the negative one of two. Codes are
+//! `round(w * (1 / scale) + zero)`, halves away from zero. A group of one repeated value is placed so that the value is exact,
+//! which the runtime's quantizer misses by a rounding.
+
+use super::{At, Block, BlockOut, LANES, Quantizer, Spec, Stats};
+use multiversion::multiversion;
+
+/// Round to nearest.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rtn;
+
+/// Least and greatest weight of each lane.
+#[derive(Clone, Copy, Debug)]
+pub struct Range {
+    /// Least.
+    pub min: [f32; LANES],
+    /// Greatest.
+    pub max: [f32; LANES],
+}
+
+impl Quantizer for Rtn {
+    type Space = ();
+
+    fn space(&self, _: &Spec) {}
+
+    fn block(&self, spec: &Spec, _: At, x: &Block, out: &mut BlockOut, _: &mut ()) -> Stats {
+        let range = Range::of(x);
+        (out.scale, out.zero) = range.grid(spec);
+        encode(spec, x, out)
+    }
+}
+
+impl Range {
+    /// The range of a block's lanes. NaN is passed over.
+    pub fn of(x: &Block) -> Range {
+        range(x)
+    }
+
+    /// Scale and zero point of each lane.
+    pub fn grid(&self, spec: &Spec) -> ([f32; LANES], [f32; LANES]) {
+        let mut scale = [0.0; LANES];
+        let mut zero = [spec.middle() as f32; LANES];
+        for lane in 0..LANES {
+            let (min, max) = (self.min[lane], self.max[lane]);
+            if spec.symmetric {
+                let m = if max.abs() > min.abs() { max } else { min };
+                scale[lane] = spec.stored(m / -(spec.middle() as f32));
+            } else {
+                (scale[lane], zero[lane]) = asymmetric(spec, min, max);
+            }
+        }
+        (scale, zero)
+    }
+}
+
+/// Scale and zero point that span `min..=max` and zero.
+fn asymmetric(spec: &Spec, min: f32, max: f32) -> (f32, f32) {
+    let steps = spec.max_code() as f32;
+    if min == max && min != 0.0 {
+        // One step away from zero, on the side of the value.
+        return (spec.stored(min.abs()), if min < 0.0 { 1.0 } else { 0.0 });
+    }
+    let (min, max) = (min.min(0.0), max.max(0.0));
+    let mut scale = (max - min) / steps;
+    if scale == f32::INFINITY {
+        scale = max / steps - min / steps;
+    }
+    let scale = spec.stored(scale);
+    if scale == 0.0 {
+        return (0.0, 0.0);
+    }
+    let zero = (0.0 - min / scale).clamp(0.0, steps).round();
+    (scale, zero)
+}
+
+/// Multiplies weights into steps; zero where a step is too small to be divided by.
+#[inline(always)]
+fn reciprocal(scale: f32) -> f32 {
+    let r = 1.0 / scale;
+    if r.is_finite() { r } else { 0.0 }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn range(x: &Block) -> Range {
+    let mut min = [f32::INFINITY; LANES];
+    let mut max = [f32::NEG_INFINITY; LANES];
+    for row in x {
+        for l in 0..LANES {
+            min[l] = if row[l] < min[l] { row[l] } else { min[l] };
+            max[l] = if row[l] > max[l] { row[l] } else { max[l] };
+        }
+    }
+    Range { min, max }
+}
+
+/// Adding this puts a small whole number into the low bits of a float.
+const WHOLE: f32 = 8_388_608.0;
+
+/// Just under a half: `floor(x + this)` rounds halves up and `0.49999997` down.
+const HALF: f32 = 0.499_999_97;
+
+/// The nearest codes to a block on the grid in `out`, packed into its words.
+pub fn encode(spec: &Spec, x: &Block, out: &mut BlockOut) -> Stats {
+    let recip = out.scale.map(reciprocal);
+    let top = spec.max_code() as f32;
+    let sums = nearest(x, &out.scale, &out.zero, &recip, top, spec.container(), out.words);
+    let mut stats = Stats::default();
+    for lane in 0..LANES {
+        stats.error2 += sums.error2[lane] as f64;
+        stats.weight2 += sums.weight2[lane] as f64;
+        stats.max_error = stats.max_error.max(sums.max_error[lane]);
+    }
+    stats
+}
+
+struct Sums {
+    error2: [f32; LANES],
+    weight2: [f32; LANES],
+    max_error: [f32; LANES],
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn nearest(
+    x: &Block,
+    scale: &[f32; LANES],
+    zero: &[f32; LANES],
+    recip: &[f32; LANES],
+    top: f32,
+    container: u32,
+    words: &mut [[u32; LANES]],
+) -> Sums {
+    let mut error2 = [0.0f32; LANES];
+    let mut weight2 = [0.0f32; LANES];
+    let mut max_error = [0.0f32; LANES];
+    let mask = (1u32 << container) - 1;
+    for (rows, word) in x.chunks(32 / container as usize).zip(words) {
+        let mut packed = [0u32; LANES];
+        for (i, row) in rows.iter().enumerate() {
+            let shift = i as u32 * container;
+            for l in 0..LANES {
+                let t = row[l] * recip[l] + zero[l];
+                let t = if t > 0.0 { t } else { 0.0 };
+                let t = if t < top { t } else { top };
+                let code = (t + HALF).floor();
+                packed[l] |= ((code + WHOLE).to_bits() & mask) << shift;
+                let e = (code - zero[l]) * scale[l] - row[l];
+                error2[l] += e * e;
+                weight2[l] += row[l] * row[l];
+                max_error[l] = if e.abs() > max_error[l] { e.abs() } else { max_error[l] };
+            }
+        }
+        *word = packed;
+    }
+    Sums { error2, weight2, max_error }
+}
