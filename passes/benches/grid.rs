@@ -46,7 +46,8 @@ fn main() {
     drop(copy);
     let t = best(|| {
         let sum = |c: &[u8]| {
-            c.chunks_exact(8).fold(0u64, |s, b| s.wrapping_add(u64::from_le_bytes(b.try_into().expect("8 bytes"))))
+            c.chunks_exact(8)
+                .fold(0u64, |s, b| s.wrapping_add(u64::from_le_bytes(b.try_into().expect("8 bytes"))))
         };
         black_box(data.par_chunks(1 << 20).map(sum).reduce(|| 0, u64::wrapping_add));
     });

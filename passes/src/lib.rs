@@ -9,9 +9,11 @@ pub mod linear;
 pub mod pack_int4;
 pub mod pack_qdq;
 pub mod qtensor;
+pub mod quantize;
 pub mod raise_opset;
 pub mod report;
 pub mod rewrite;
+pub mod rtn;
 
 use dialects::exec::ExecError;
 use dialects::ir::{Module, Op, OpName, Value};
@@ -197,8 +199,11 @@ impl PassDef {
 }
 
 /// Every pass of this crate, in the order of `--list-passes`.
-pub const PASSES: &[fn() -> PassDef] =
-    &[|| PassDef::of::<pack_int4::PackInt4>("pack-int4"), || PassDef::of::<pack_qdq::PackQdq>("pack-qdq")];
+pub const PASSES: &[fn() -> PassDef] = &[
+    || PassDef::of::<rtn::Rtn>("rtn"),
+    || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
+    || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
+];
 
 /// Which ops a quantizing pass may touch: `only` and `skip`, patterns with `*` matched against the node's name, the
 /// weight's name and the op type. Part of every quantizing pass's options (`#[serde(flatten)]` it).

@@ -9,11 +9,13 @@
 //! - NaN and infinities are found by the pass over the weight that quantizes it.
 
 mod block;
+pub mod pack;
 mod rtn;
 
 pub use block::{At, Block, BlockOut, Float, LANES, Layout, Matrix};
 pub use rtn::{Range, Rtn, encode};
 
+use crate::qtensor::container;
 use half::f16;
 use rayon::prelude::*;
 use thiserror::Error;
@@ -113,15 +115,6 @@ impl Spec {
     }
 }
 
-/// Bits that hold one code of `bits` bits: the least of 2, 4 and 8 that is enough.
-pub fn container(bits: u32) -> u32 {
-    match bits {
-        0..=2 => 2,
-        3..=4 => 4,
-        _ => 8,
-    }
-}
-
 /// Where a quantized matrix goes.
 #[derive(Debug)]
 pub struct Parts<'a> {
@@ -166,14 +159,7 @@ pub trait Quantizer: Sync {
     fn space(&self, spec: &Spec) -> Self::Space;
 
     /// Quantizes one block: fills `out` and returns what that did. Sums that overflow f32 may come back infinite.
-    fn block(
-        &self,
-        spec: &Spec,
-        at: At,
-        x: &Block,
-        out: &mut BlockOut,
-        space: &mut Self::Space,
-    ) -> Stats;
+    fn block(&self, spec: &Spec, at: At, x: &Block, out: &mut BlockOut, space: &mut Self::Space) -> Stats;
 }
 
 /// Floats that a tile of blocks takes, about: small enough for a core's cache.
@@ -183,12 +169,7 @@ const TILE_FLOATS: usize = 1 << 14;
 ///
 /// # Errors
 /// A NaN or infinity among the weights; buffers of a wrong length; bits other than 2 to 8.
-pub fn quantize<Q: Quantizer>(
-    w: &Matrix,
-    spec: &Spec,
-    method: &Q,
-    parts: Parts,
-) -> Result<Stats, GridError> {
+pub fn quantize<Q: Quantizer>(w: &Matrix, spec: &Spec, method: &Q, parts: Parts) -> Result<Stats, GridError> {
     spec.check()?;
     w.check()?;
     let Parts { codes, scales, zero_points } = parts;
@@ -232,10 +213,10 @@ pub fn quantize<Q: Quantizer>(
         return Ok(total);
     }
     match w.first_not_finite() {
-        Some((count, n, k)) => {
-            Err(GridError::NotFinite { count, total: w.n as u64 * w.k as u64, n, k })
-        }
+        Some((count, n, k)) => Err(GridError::NotFinite { count, total: w.n as u64 * w.k as u64, n, k }),
         None => Ok(total),
     }
 }
 
+#[cfg(test)]
+mod tests;
