@@ -334,7 +334,36 @@ def channel_norm():
          want=[(z * by_channel(scale.repeat(2)) + by_channel(bias.repeat(2))).astype("f4")])
 
 
-FAMILIES = [matmul, softmax, normalization, dequantize, matmul_nbits, attention, rotary, conv, pool, channel_norm]
+def recurrent():
+    for op, gates, outputs in [("LSTM", 4, 3), ("GRU", 3, 2), ("RNN", 1, 2)]:
+        def one(label, seq=4, batch=2, size=3, hidden=5, bias=True, lengths=None, state=False, peepholes=False, **attrs):
+            n = 2 if attrs.get("direction") == "bidirectional" else 1
+            inputs = [f32(seq, batch, size), f32(n, gates * hidden, size), f32(n, gates * hidden, hidden),
+                      f32(n, 2 * gates * hidden) if bias else None, lengths, f32(n, batch, hidden) if state else None]
+            if op == "LSTM":
+                inputs += [f32(n, batch, hidden) if state else None, f32(n, 3 * hidden) if peepholes else None]
+            while inputs[-1] is None:
+                inputs.pop()
+            case(label, op, inputs, outputs=outputs, opset=14, hidden_size=hidden, atol=1e-5, rtol=1e-4, **attrs)
+
+        lengths = np.array([2, 4], "i4")
+        one("plain", bias=False)
+        one("bias_state", state=True)
+        one("reverse", direction="reverse", state=True)
+        one("bidirectional", direction="bidirectional", state=True)
+        one("lengths", direction="bidirectional", lengths=lengths)
+        one("clip", clip=0.5)
+        if op == "LSTM":
+            one("peepholes", peepholes=True, state=True)
+            one("activations", activations=["HardSigmoid", "Softsign", "Relu"])
+        if op == "GRU":
+            one("linear_before_reset", linear_before_reset=1, direction="bidirectional", state=True)
+            one("activations", activations=["HardSigmoid", "ScaledTanh"], activation_alpha=[0.3, 1.2], activation_beta=[0.4, 0.9])
+        if op == "RNN":
+            one("activations", activations=["LeakyRelu"], activation_alpha=[0.2])
+
+
+FAMILIES = [matmul, softmax, normalization, dequantize, matmul_nbits, attention, rotary, conv, pool, channel_norm, recurrent]
 
 if __name__ == "__main__":
     for family in FAMILIES:

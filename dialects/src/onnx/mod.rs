@@ -8,6 +8,7 @@ mod conv;
 mod matmul;
 mod normalization;
 mod pool;
+mod recurrent;
 mod rotary;
 mod softmax;
 mod window;
@@ -20,6 +21,7 @@ pub const FAMILIES: &[&[OpDef]] = &[
     pool::OPS,
     matmul::OPS,
     normalization::OPS,
+    recurrent::OPS,
     rotary::OPS,
     softmax::OPS,
 ];

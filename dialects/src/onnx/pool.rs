@@ -103,11 +103,12 @@ fn maxima<T: Copy + PartialOrd + Send + Sync>(
     windows: &[Vec<usize>],
     lowest: T,
 ) -> (Vec<T>, Vec<usize>) {
-    let channels = if cells == 0 { 0 } else { x.len() / cells };
+    let channels = x.len().checked_div(cells).unwrap_or(0);
     let one = |i: usize| {
         let (channel, window) = (i / windows.len(), &windows[i % windows.len()]);
         let x = &x[channel * cells..][..cells];
-        let worse = |old: T, new: T| new > old || (new.partial_cmp(&new).is_none() && old == old);
+        let nan = |v: T| v.partial_cmp(&v).is_none();
+        let worse = |old: T, new: T| new > old || (nan(new) && !nan(old));
         let start = (window.first().map_or(lowest, |&c| x[c]), window.first().copied().unwrap_or(0));
         window.iter().fold(start, |(top, at), &c| if worse(top, x[c]) { (x[c], c) } else { (top, at) })
     };
@@ -187,6 +188,18 @@ fn eval_average(cx: &EvalCx) -> Evaluated {
 
 #[cfg(test)]
 mod tests {
+    use crate::tensor::Tensor;
+    use crate::testing::Case;
+
+    #[test]
+    fn a_nan_is_the_maximum() {
+        let x = Tensor::new(&[1, 1, 4], vec![1.0, f32::NAN, 3.0, 2.0]).unwrap();
+        let case = Case::new("onnx.MaxPool", 21, &[("kernel_shape", vec![2].into())], vec![Some(x)]);
+        let y = case.eval(false).unwrap();
+        let y = y[0].tensor().unwrap().f32s().unwrap();
+        assert!(y[0].is_nan() && y[1].is_nan() && y[2] == 3.0);
+    }
+
     #[test]
     fn agrees_with_the_references() {
         crate::testing::check("pool");
