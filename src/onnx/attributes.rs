@@ -153,6 +153,8 @@ fn tensor(proto: &TensorProto, folder: &mut Folder) -> Result<ConstData, Problem
 pub fn keep_rest(a: &AttributeProto, meta: &mut Meta) {
     let exact = |ty: &super::proto::TypeProto| proto_of(&type_of(ty)).as_ref() == Some(ty);
     let rest = AttributeProto {
+        // An empty list of tensors does not say of which sort they are.
+        kind: a.kind.filter(|k| *k == kind::SPARSE_TENSORS && a.sparse_tensors.is_empty()),
         doc_string: a.doc_string.clone(),
         tp: a.tp.clone().filter(|t| !exact(t)),
         type_protos: if a.type_protos.iter().all(exact) { Vec::new() } else { a.type_protos.clone() },
@@ -205,6 +207,7 @@ pub fn message(m: &Module, name: &str, attr: &Attr, rest: AttributeProto) -> Att
         Attr::Tensor(id) if sparse(*id) => kind::SPARSE_TENSOR,
         Attr::Tensor(_) => kind::TENSOR,
         Attr::Tensors(ids) if ids.first().is_some_and(|id| sparse(*id)) => kind::SPARSE_TENSORS,
+        Attr::Tensors(ids) if ids.is_empty() => rest.kind.unwrap_or(kind::TENSORS),
         Attr::Tensors(_) => kind::TENSORS,
         Attr::Graph(_) => kind::GRAPH,
         Attr::Graphs(_) => kind::GRAPHS,

@@ -230,15 +230,8 @@ impl<'a> Writer<'a> {
         let at = |reason| ExportError::Meta { place: "the model".to_owned(), reason };
         let mut proto: ModelProto = rest::kept(&m.meta, REST).map_err(at)?;
         let template: ModelProto = rest::kept(&m.meta, OPSETS).map_err(at)?;
-        let mut versions = m.opsets.clone();
-        for op in m.live_ops() {
-            let dialect = m.ops[op].name.dialect();
-            if !versions.contains_key(dialect) {
-                versions.insert(dialect.into(), 1);
-            }
-        }
         proto.ir_version = (m.ir_version != 0).then_some(m.ir_version);
-        proto.opset_import = order::opset_import(&versions, &template.opset_import);
+        proto.opset_import = order::opset_import(&self.versions(&m.opsets, m.top), &template.opset_import);
         proto.producer_name = rest::text_of(&m.meta, "producer_name");
         proto.producer_version = rest::text_of(&m.meta, "producer_version");
         proto.domain = rest::text_of(&m.meta, "domain");
@@ -253,6 +246,22 @@ impl<'a> Writer<'a> {
             rope.message(25, function);
         }
         Ok(rope)
+    }
+
+    /// Operator versions for a graph: those there are, and version 1 of the domains of ops that passes brought in.
+    fn versions(&self, known: &BTreeMap<Symbol, i64>, region: Region) -> BTreeMap<Symbol, i64> {
+        let mut versions = known.clone();
+        let mut regions = vec![region];
+        while let Some(region) = regions.pop() {
+            for &op in &self.m.regions[region].ops {
+                let data = &self.m.ops[op];
+                if !versions.contains_key(data.name.dialect()) {
+                    versions.insert(data.name.dialect().into(), 1);
+                }
+                regions.extend(data.attrs.regions());
+            }
+        }
+        versions
     }
 
     fn graph(&mut self, region: Region) -> Result<Rope, ExportError> {
@@ -306,7 +315,8 @@ impl<'a> Writer<'a> {
         if !function.overload.is_empty() {
             proto.overload = Some(function.overload.to_string());
         }
-        proto.opset_import = order::opset_import(&function.opsets, &template.opset_import);
+        let versions = self.versions(&function.opsets, function.body);
+        proto.opset_import = order::opset_import(&versions, &template.opset_import);
         proto.doc_string = rest::text_of(&function.meta, DOC);
         proto.metadata_props.extend(rest::metadata_of(&function.meta));
         proto.attribute = function.attributes.iter().map(|a| a.to_string()).collect();
