@@ -73,6 +73,13 @@ pub struct Ran {
     pub check: Option<Checked>,
 }
 
+impl Ran {
+    /// The pass's name.
+    pub fn name(&self) -> &str {
+        self.pass.split('{').next().unwrap_or_default()
+    }
+}
+
 /// What a pipeline did.
 #[derive(Debug, Default)]
 pub struct Outcome {
@@ -238,7 +245,8 @@ impl Driver<'_> {
         let written = std::fs::create_dir_all(dir)
             .map_err(|e| Error::Model(format!("cannot write {}: {e}", dir.display())))
             .and_then(|()| {
-                model::save(before, &dir.join("input.qir"), model::Format::Qir, Default::default())
+                let options = Default::default();
+                model::save(before, &dir.join("input.qir"), model::Format::Qir, options, &self.env.term)
             })
             .and_then(|_| model::write_text(&dir.join("pipeline"), &rest.join(",")));
         let term = &self.env.term;

@@ -2,6 +2,8 @@
 
 use crate::error::Error;
 use crate::files::OutputFile;
+use crate::onnx;
+use crate::term::Term;
 use dialects::ir::Module;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -36,22 +38,51 @@ pub struct Loaded {
 }
 
 /// How to write a model.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct SaveOptions {
     /// Weights go to a file beside the model, whatever their size.
     pub external_data: bool,
+    /// Files that must not be overwritten: those that the model was read from.
+    pub inputs: Vec<PathBuf>,
 }
 
 /// Reads the model at `path`.
 pub fn load(path: &Path) -> Result<Loaded, Error> {
-    let _ = path;
-    Err(Error::Model(format!("{}: reading models is not there yet", path.display())))
+    match Format::of(path) {
+        Format::Onnx => {
+            let read = onnx::import::read(path).map_err(|e| Error::Model(e.to_string()))?;
+            let warnings = read.warnings.iter().map(ToString::to_string).collect();
+            Ok(Loaded { module: read.module, warnings, files: read.files })
+        }
+        Format::Qir => Err(Error::Model(format!("{}: .qir cannot be read yet", path.display()))),
+    }
 }
 
 /// Writes `m` to `path`. Returns the bytes written, all files together.
-pub fn save(m: &Module, path: &Path, format: Format, _: SaveOptions) -> Result<u64, Error> {
-    let _ = (m, path, format);
-    Err(Error::Model(format!("{}: writing models is not there yet", path.display())))
+pub fn save(
+    m: &Module,
+    path: &Path,
+    format: Format,
+    options: SaveOptions,
+    term: &Term,
+) -> Result<u64, Error> {
+    match format {
+        Format::Onnx => {
+            let SaveOptions { external_data, inputs } = options;
+            let options = onnx::export::Options { external_data, inputs };
+            let mut bar = None;
+            let mut before = 0;
+            let mut progress = |done: u64, total: u64| {
+                let bar = bar.get_or_insert_with(|| term.task("writing", total >> 20));
+                bar.advance((done >> 20) - before);
+                before = done >> 20;
+            };
+            let written = onnx::export::write(m, path, &options, &mut progress);
+            let written = written.map_err(|e| Error::Model(e.to_string()))?;
+            Ok(written.0.iter().map(|(_, bytes)| bytes).sum())
+        }
+        Format::Qir => Err(Error::Model(format!("{}: .qir cannot be written yet", path.display()))),
+    }
 }
 
 /// The module as text, without its large weights.
@@ -70,4 +101,9 @@ pub fn write_text(path: &Path, text: &str) -> Result<(), Error> {
     let written: io::Result<()> = out.write_all(text.as_bytes());
     written.map_err(|e| out.error(e))?;
     Ok(out.commit()?)
+}
+
+/// Bytes of all these files.
+pub fn total_size(files: &[PathBuf]) -> u64 {
+    files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum()
 }

@@ -5,9 +5,10 @@ mod inspect;
 mod list;
 mod quantize;
 
+use crate::Registry;
 use crate::error::Error;
+use crate::report::{Show, Summary, paint::Painter};
 use crate::term::{self, Term};
-use crate::{Registry, report};
 use clap::{CommandFactory, Parser, Subcommand};
 use miette::{GraphicalReportHandler, GraphicalTheme};
 use std::io::{self, IsTerminal, Write};
@@ -116,11 +117,9 @@ fn print(text: &str) -> Result<(), Error> {
 }
 
 fn render(e: &Error) -> String {
-    let color = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let theme = if color { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
-    let handler = GraphicalReportHandler::new_themed(theme)
-        .without_cause_chain()
-        .with_width(width(io::stderr().is_terminal()).into());
+    let p = painter(true);
+    let theme = if p.color { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
+    let handler = GraphicalReportHandler::new_themed(theme).without_cause_chain().with_width(p.width.into());
     let mut out = String::new();
     match handler.render_report(&mut out, e) {
         Ok(()) => out.trim_matches('\n').to_string(),
@@ -128,27 +127,30 @@ fn render(e: &Error) -> String {
     }
 }
 
-/// Columns to write: those of the terminal, or 110.
-fn width(terminal: bool) -> u16 {
-    const DEFAULT: u16 = 110;
-    let columns = || {
-        comfy_table::Table::new().set_content_arrangement(comfy_table::ContentArrangement::Dynamic).width()
-    };
-    let found = if terminal { columns() } else { None };
-    found.unwrap_or(DEFAULT).clamp(60, 200)
+/// Columns to write where there is no terminal to ask.
+const WIDTH: u16 = 110;
+
+/// How to write to stdout, or to stderr.
+fn painter(to_stderr: bool) -> Painter {
+    let terminal = if to_stderr { io::stderr().is_terminal() } else { io::stdout().is_terminal() };
+    let mut probe = comfy_table::Table::new();
+    probe.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
+    if to_stderr {
+        probe.use_stderr();
+    }
+    let width = probe.width().filter(|_| terminal).unwrap_or(WIDTH).clamp(60, 200);
+    Painter { width, color: terminal && std::env::var_os("NO_COLOR").is_none() }
 }
 
 /// Prints a report as asked: JSON, text, or nothing.
-fn publish(cx: &Context, s: &report::Summary, show: report::Show, to_stderr: bool) -> Result<(), Error> {
+fn publish(cx: &Context, s: &Summary, show: Show, to_stderr: bool) -> Result<(), Error> {
     if cx.json {
         return print(&format!("{}\n", s.json()));
     }
     if cx.term.quiet() && !show.stats && !show.timing {
         return Ok(());
     }
-    let terminal = if to_stderr { io::stderr().is_terminal() } else { io::stdout().is_terminal() };
-    let color = terminal && std::env::var_os("NO_COLOR").is_none();
-    let text = s.text(show, width(terminal), color);
+    let text = s.text(show, &painter(to_stderr));
     if to_stderr {
         cx.term.trace(&text);
         return Ok(());

@@ -91,10 +91,10 @@ pub(super) struct Args {
     #[arg(long, value_enum, default_value_t, help_heading = "Quantization")]
     profile: Profile,
     /// The type of scales
-    #[arg(long, value_enum, default_value_t, help_heading = "Quantization")]
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t, help_heading = "Quantization")]
     scale_type: ScaleType,
     /// A weight that is both embedding and head
-    #[arg(long, value_enum, default_value_t, help_heading = "Quantization")]
+    #[arg(long, value_enum, value_name = "HOW", default_value_t, help_heading = "Quantization")]
     tied: Tied,
     /// Raise no opset; a form that needs a newer one is an error
     #[arg(long, help_heading = "Quantization")]
@@ -181,13 +181,13 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     if !pipeline.steps.is_empty() {
         provenance(&mut m, &recipe(args, &pipeline), calibration);
     }
-    let mut totals = Totals { input_bytes: total_size(&loaded.files), ..Totals::default() };
+    let mut totals = Totals { input_bytes: model::total_size(&loaded.files), ..Totals::default() };
     totals.weights(&outcome.report);
     if to_stdout {
         print(&model::text(&m))?;
     } else if let Some(output) = &args.output {
-        let save = SaveOptions { external_data: args.external_data };
-        totals.output_bytes = Some(model::save(&m, output, format, save)?);
+        let save = SaveOptions { external_data: args.external_data, inputs: loaded.files.clone() };
+        totals.output_bytes = Some(model::save(&m, output, format, save, &cx.term)?);
     }
     totals.seconds = started.elapsed().as_secs_f64();
     let summary = Summary {
@@ -304,8 +304,4 @@ fn provenance(m: &mut Module, recipe: &str, calibration: Option<&Calibration>) {
         m.meta.set(key("calibration"), format!("blake3:{hex}"));
     }
     m.meta.set(key("version"), env!("CARGO_PKG_VERSION"));
-}
-
-fn total_size(files: &[PathBuf]) -> u64 {
-    files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum()
 }

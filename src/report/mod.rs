@@ -1,8 +1,9 @@
 //! What a run reports: the table of weights, what stayed float and why, totals, warnings; or all of it as JSON.
 
+pub mod paint;
 mod table;
 
-pub use table::{bytes, seconds};
+use paint::Painter;
 
 use crate::driver::Ran;
 use crate::pipeline::Pipeline;
@@ -116,9 +117,9 @@ pub fn float(m: &Module, pipeline: &Pipeline, report: &Report) -> Vec<Float> {
 }
 
 impl Summary {
-    /// As text for a terminal of `width` columns.
-    pub fn text(&self, show: Show, width: u16, color: bool) -> String {
-        table::render(self, show, width, color)
+    /// As text.
+    pub fn text(&self, show: Show, painter: &Painter) -> String {
+        table::render(self, show, painter)
     }
 
     /// As JSON.
