@@ -59,8 +59,21 @@ pub fn map(path: &Path) -> Result<Bytes, FileError> {
 /// A zeroed buffer of `len` bytes in a file without a name in `folder`, gone with the last use of it.
 pub fn scratch(folder: &Path, len: usize) -> Result<memmap2::MmapMut, FileError> {
     let file = tempfile::tempfile_in(folder).map_err(FileError::io("write", folder))?;
-    file.set_len(len as u64).map_err(FileError::io("write", folder))?;
+    reserve(&file, len as u64).map_err(FileError::io("write", folder))?;
     map_scratch(&file).map_err(FileError::io("map", folder))
+}
+
+/// Makes a file `len` bytes long, with its disk space reserved: a disk that fills up while a map is written to would
+/// end the process, without a word.
+fn reserve(file: &File, len: u64) -> io::Result<()> {
+    file.set_len(len)?;
+    #[cfg(target_os = "linux")]
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len) {
+        // Not every file system can.
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {}
+        Err(e) => return Err(e.into()),
+    }
+    Ok(())
 }
 
 #[allow(unsafe_code)]
@@ -316,6 +329,19 @@ mod tests {
         let error = full.write_all(b"x").unwrap_err();
         let error = full.error(error).to_string();
         assert!(error.starts_with("cannot write /dev/full"), "{error}");
+    }
+
+    #[test]
+    fn scratch_is_zeroed_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut map = scratch(dir.path(), 10_000).unwrap();
+        assert!(map.len() == 10_000 && map.iter().all(|&b| b == 0));
+        map[9_999] = 7;
+        assert_eq!(names(dir.path()), [""; 0]);
+        assert!(scratch(&dir.path().join("none"), 1).is_err());
+        // More than any disk has.
+        let error = scratch(dir.path(), 1 << 50).unwrap_err().to_string();
+        assert!(error.starts_with("cannot write "), "{error}");
     }
 
     #[test]

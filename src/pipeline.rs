@@ -14,9 +14,14 @@ use std::fmt::Write;
 use std::ops::Range;
 use thiserror::Error;
 
-#[derive(pest_derive::Parser)]
-#[grammar = "pipeline.pest"]
-struct Grammar;
+// The derive makes a public enum without documentation.
+#[allow(missing_docs)]
+mod grammar {
+    #[derive(pest_derive::Parser)]
+    #[grammar = "pipeline.pest"]
+    pub struct Grammar;
+}
+use grammar::{Grammar, Rule};
 
 /// Pipelines with a name: name, text, what it is for.
 pub const PRESETS: &[(&str, &str, &str)] = &[
