@@ -6,6 +6,7 @@ use crate::env::DriverEnv;
 use crate::error::Error;
 use crate::model;
 use crate::pipeline::{Pipeline, nearest};
+use crate::qir;
 use crate::{Registry, term::Term};
 use dialects::ir::{Diagnostic, Module, infer};
 use passes::{Changed, PassCx, PassError, Report, Settings};
@@ -211,12 +212,12 @@ impl Driver<'_> {
         });
         let term: &Term = &self.env.term;
         if wanted {
-            term.trace(&format!("; IR after pass ({number}) {name}\n{}", model::text(m)));
+            term.trace(&format!("; IR after pass ({number}) {name}\n{}", qir::text(m)));
         }
         if self.options.print_diff
             && let Some(before) = before
         {
-            let (old, new) = (model::text(before), model::text(m));
+            let (old, new) = (qir::text(before), qir::text(m));
             let diff = similar::TextDiff::from_lines(&old, &new);
             let header = (format!("before ({number}) {name}"), format!("after ({number}) {name}"));
             let diff = diff.unified_diff().header(&header.0, &header.1).to_string();
@@ -248,7 +249,7 @@ impl Driver<'_> {
                 let options = Default::default();
                 model::save(before, &dir.join("input.qir"), model::Format::Qir, options, &self.env.term)
             })
-            .and_then(|_| model::write_text(&dir.join("pipeline"), &rest.join(",")));
+            .and_then(|_| qir::write_text(&dir.join("pipeline"), &rest.join(",")));
         let term = &self.env.term;
         let at = dir.display();
         match written {

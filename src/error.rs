@@ -27,6 +27,16 @@ pub enum Error {
     /// The model cannot be read or written.
     #[error("{0}")]
     Model(String),
+    /// The text of a module is wrong.
+    #[error("{}: {problem}", path.display())]
+    Qir {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: dialects::ir::parse::ParseError,
+        /// The text.
+        text: miette::NamedSource<String>,
+    },
     /// The model contradicts itself.
     #[error("{} is not valid: {}", path.display(), Listed(found))]
     Invalid {
@@ -151,6 +161,7 @@ impl miette::Diagnostic for Error {
     fn source_code(&self) -> Option<&dyn miette::SourceCode> {
         match self {
             Error::Pipeline(e) => e.source_code(),
+            Error::Qir { text, .. } => Some(text),
             _ => None,
         }
     }
@@ -158,6 +169,10 @@ impl miette::Diagnostic for Error {
     fn labels(&self) -> Option<Box<dyn Iterator<Item = miette::LabeledSpan> + '_>> {
         match self {
             Error::Pipeline(e) => e.labels(),
+            Error::Qir { problem, .. } => {
+                let label = miette::LabeledSpan::new_with_span(Some("here".into()), problem.span());
+                Some(Box::new(std::iter::once(label)))
+            }
             _ => None,
         }
     }

@@ -21,6 +21,7 @@ pub mod files;
 pub mod model;
 pub mod onnx;
 pub mod pipeline;
+pub mod qir;
 pub mod report;
 pub mod term;
 

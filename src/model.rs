@@ -1,11 +1,9 @@
 //! Models on disk: which reader or writer a path gets.
 
 use crate::error::Error;
-use crate::files::OutputFile;
-use crate::onnx;
 use crate::term::Term;
+use crate::{onnx, qir};
 use dialects::ir::Module;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// A file format.
@@ -54,7 +52,7 @@ pub fn load(path: &Path) -> Result<Loaded, Error> {
             let warnings = read.warnings.iter().map(ToString::to_string).collect();
             Ok(Loaded { module: read.module, warnings, files: read.files })
         }
-        Format::Qir => Err(Error::Model(format!("{}: .qir cannot be read yet", path.display()))),
+        Format::Qir => qir::read(path),
     }
 }
 
@@ -81,26 +79,8 @@ pub fn save(
             let written = written.map_err(|e| Error::Model(e.to_string()))?;
             Ok(written.0.iter().map(|(_, bytes)| bytes).sum())
         }
-        Format::Qir => Err(Error::Model(format!("{}: .qir cannot be written yet", path.display()))),
+        Format::Qir => qir::write(m, path, &options.inputs),
     }
-}
-
-/// The module as text, without its large weights.
-pub fn text(m: &Module) -> String {
-    let mut out = String::new();
-    for op in m.live_ops() {
-        let data = &m.ops[op];
-        out.push_str(&format!("{} {:?}\n", data.name, data.loc));
-    }
-    out
-}
-
-/// Writes text to `path`, whole or not at all.
-pub fn write_text(path: &Path, text: &str) -> Result<(), Error> {
-    let mut out = OutputFile::create(path)?;
-    let written: io::Result<()> = out.write_all(text.as_bytes());
-    written.map_err(|e| out.error(e))?;
-    Ok(out.commit()?)
 }
 
 /// Bytes of all these files.

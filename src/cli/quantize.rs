@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::files;
 use crate::model::{self, Format, SaveOptions};
 use crate::pipeline::{PRESETS, Pipeline, nearest};
+use crate::qir;
 use crate::report::{self, Float, Show, Summary, Totals};
 use dialects::ir::Module;
 use passes::{Exactness, Settings};
@@ -184,7 +185,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let mut totals = Totals { input_bytes: model::total_size(&loaded.files), ..Totals::default() };
     totals.weights(&outcome.report);
     if to_stdout {
-        print(&model::text(&m))?;
+        print(&qir::text(&m))?;
     } else if let Some(output) = &args.output {
         let save = SaveOptions { external_data: args.external_data, inputs: loaded.files.clone() };
         totals.output_bytes = Some(model::save(&m, output, format, save, &cx.term)?);

@@ -416,7 +416,7 @@ impl Printer<'_> {
             self.dict(&c.meta)?;
             self.out.write_char(' ')?;
         }
-        let data = data(c, self.style.max_inline);
+        let data = data(c, self.style);
         self.out.write_str(&data)
     }
 
@@ -495,13 +495,20 @@ pub(super) fn default_loc<'a>(node: &'a str, first_result: &'a str) -> &'a str {
     if node.is_empty() { first_result } else { node }
 }
 
+impl Style {
+    /// Whether a tensor is shown by its elements rather than by its hash, if it can be read.
+    pub fn shows(self, c: &ConstData) -> bool {
+        let count = c.dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+        c.byte_len() <= MAX_INLINE_BYTES && count.is_some_and(|n| n <= self.max_inline)
+    }
+}
+
 /// What stands behind a tensor's type: its elements, its bytes, or its hash.
-fn data(c: &ConstData, max_inline: u64) -> String {
-    let count = c.dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
-    if c.byte_len() <= MAX_INLINE_BYTES
-        && let Some(count) = count.filter(|&n| n <= max_inline)
+fn data(c: &ConstData, style: Style) -> String {
+    if style.shows(c)
         && let Ok(bytes) = c.read()
     {
+        let count = c.count();
         let shown = (c.encoding != Encoding::Sparse).then(|| elements(c.elem, count, &bytes)).flatten();
         return match shown.as_deref() {
             Some([one]) if c.dims.is_empty() => one.clone(),
