@@ -5,7 +5,8 @@
 //! error, which is reported; that graph against the pass's own result is the wiring error, which must be rounding.
 //! Int8 activations (`accuracy_level` 4) are an error term of their own.
 
-use crate::env::{DriverEnv, inputs_of};
+use crate::data::lm::inputs_of;
+use crate::env::DriverEnv;
 use dialects::exec::run_once;
 use dialects::ir::graph::reads;
 use dialects::ir::interp::Interpreter;

@@ -1,13 +1,14 @@
 //! What passes get from the outside world: calibration data, scratch space, progress.
 
-use crate::calibrate::{Batch, CalibError, Calibration};
+use crate::calibrate::{CalibError, Calibration};
+use crate::data::lm::inputs_of;
 use crate::files;
 use crate::term::Term;
 use bytes::Bytes;
 use dialects::exec::{ExecError, Executor};
 use dialects::ir::interp::Interpreter;
 use dialects::ir::{Module, TensorSource, Value};
-use dialects::ops::{Item, Ops};
+use dialects::ops::Ops;
 use passes::{CalibSink, Env, PassError, Progress, Scratch};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -29,13 +30,6 @@ pub struct DriverEnv {
     pub checkpoint: Mutex<Option<Module>>,
     /// Whether to keep checkpoints.
     pub keep_checkpoints: bool,
-}
-
-/// A batch as inputs of a module: by the names of its inputs; what the module does not have is left out.
-pub fn inputs_of(m: &Module, batch: Batch) -> Vec<(Value, Item)> {
-    let args = &m.regions[m.top].args;
-    let find = |name: &str| args.iter().copied().find(|&v| *m.values[v].name == *name);
-    batch.into_iter().filter_map(|(name, t)| Some((find(&name)?, t.into()))).collect()
 }
 
 impl Env for DriverEnv {

@@ -37,6 +37,9 @@ pub enum Error {
         /// The text.
         text: miette::NamedSource<String>,
     },
+    /// A file of tokens is wrong.
+    #[error("{0}")]
+    Data(String),
     /// The model contradicts itself.
     #[error("{} is not valid: {}", path.display(), Listed(found))]
     Invalid {

@@ -17,6 +17,7 @@ pub mod data;
 pub mod driver;
 pub mod env;
 pub mod error;
+pub mod eval;
 pub mod files;
 pub mod model;
 pub mod onnx;

@@ -1,6 +1,7 @@
 //! The command line. `qcc model.onnx --pass ... -o out.onnx` is the default command; the others are subcommands,
 //! one file each.
 
+mod eval;
 mod inspect;
 mod list;
 mod quantize;
@@ -26,6 +27,7 @@ use std::process::ExitCode;
         qcc model.onnx --pass awq,pack-int4 -o model.q.onnx\n  \
         qcc model.onnx --pass 'rtn{group=64, skip=[*lm_head*]},pack-int4' -o model.q.onnx\n  \
         qcc model.onnx --preset int4-awq --calib tokens.npy -o model.q.onnx --strict\n  \
+        qcc eval model.q.onnx --tokens eval.npy --baseline model.onnx\n  \
         qcc inspect model.onnx"
 )]
 struct Cli {
@@ -54,6 +56,8 @@ struct Global {
 
 #[derive(Subcommand)]
 enum Command {
+    /// How good a language model is: perplexity, accuracy, and its distance from a baseline
+    Eval(eval::Args),
     /// What a model holds, and which of its weights can be quantized
     Inspect(inspect::Args),
 }
@@ -93,6 +97,7 @@ fn run(cli: Cli, registry: Registry) -> Result<(), Error> {
     }
     let cx = Context { registry, term: Term::new(cli.global.quiet), json: cli.global.json };
     match cli.command {
+        Some(Command::Eval(args)) => eval::run(&args, &cx),
         Some(Command::Inspect(args)) => inspect::run(&args, &cx),
         None if cli.quantize.list_passes => list::run(&cx),
         None => match cli.quantize.completions {

@@ -174,6 +174,9 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     for w in loaded.warnings.iter().chain(calibration.iter().flat_map(|c| &c.warnings)) {
         outcome.report.warn(w.clone());
     }
+    for n in calibration.iter().flat_map(|c| &c.notes) {
+        outcome.report.note(n.clone());
+    }
     let quantizes = pipeline.steps.iter().any(|s| s.pass.exactness() == Exactness::Lossy);
     let float = if quantizes { report::float(&m, &pipeline, &outcome.report) } else { Vec::new() };
     if args.strict {

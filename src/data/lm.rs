@@ -1,7 +1,7 @@
-//! Causal language models: how one is recognized, and how it is fed with rows of tokens.
+//! Language models: how one is recognized, and how it is fed with rows of tokens.
 //!
-//! One takes `input_ids`, integers `[batch, seq]`, and gives `logits`, floats `[batch, seq, vocabulary]`. Of its other
-//! inputs, `attention_mask`, `position_ids` and `token_type_ids` are filled in.
+//! One takes `input_ids`, integers `[batch, seq]`; of its other inputs, `attention_mask`, `position_ids` and
+//! `token_type_ids` are filled in. A causal one gives `logits`, floats `[batch, seq, vocabulary]`.
 
 use super::Batch;
 use dialects::exec::{ExecError, Executor, run_once};
@@ -13,8 +13,8 @@ use thiserror::Error;
 /// Logits of one run take at most this many bytes, where more than one row goes into it.
 const LOGITS_BYTES: usize = 64 << 20;
 
-/// More rows than this in one run gain no speed.
-const MAX_ROWS: usize = 16;
+/// More tokens than this in one run gain no speed, but take memory.
+pub const RUN_TOKENS: usize = 2048;
 
 /// Tokens in a row of the probe.
 const PROBE_LEN: usize = 8;
@@ -23,8 +23,11 @@ const PROBE_LEN: usize = 8;
 #[derive(Clone, Debug, Error)]
 pub enum LmError {
     /// It is another kind of model.
-    #[error("this is not a causal language model: {0}")]
+    #[error("this is not a language model: {0}")]
     NotOne(String),
+    /// It gives no logits.
+    #[error("this is not a causal language model: {0}")]
+    NotCausal(String),
     /// It wants a cache.
     #[error(
         "the input {0:?} is a key/value cache, which is not supported yet: export the model without a cache"
@@ -58,11 +61,11 @@ const FILLS: [(&str, Fill, &str); 3] = [
     ("token_type_ids", Fill::Zeros, "zeros"),
 ];
 
-/// A causal language model's inputs and output.
+/// A language model's inputs and output.
 #[derive(Clone, Debug)]
-pub struct CausalLm {
-    /// `logits`.
-    pub logits: Value,
+pub struct Lm {
+    /// `logits`, or why it is no causal model.
+    pub logits: Result<Value, LmError>,
     /// Rows of the embedding, where they are known.
     pub vocab: Option<usize>,
     /// The rows that a run takes, where the model fixes them.
@@ -84,26 +87,20 @@ fn fixed(m: &Module, v: Value, dim: usize) -> Option<usize> {
     m.ty(v).dims()?.get(dim)?.known().and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0)
 }
 
-impl CausalLm {
-    /// Recognizes a causal language model by its inputs and outputs.
-    pub fn of(m: &Module) -> Result<CausalLm, LmError> {
+impl Lm {
+    /// Recognizes a language model by its inputs and outputs.
+    pub fn of(m: &Module) -> Result<Lm, LmError> {
         let not = |why: &str| LmError::NotOne(why.to_string());
-        let named = |list: &[Value], name: &str| list.iter().copied().find(|&v| &*m.values[v].name == name);
-        let top = &m.regions[m.top];
-        let ids = named(&top.args, "input_ids").ok_or_else(|| not("it has no input \"input_ids\""))?;
-        let rank = |v: Value| m.ty(v).dims().map(<[_]>::len);
-        if !matches!(m.ty(ids).elem(), Some(Elem::I64 | Elem::I32)) || rank(ids).is_some_and(|r| r != 2) {
+        let ids = named(m, &m.regions[m.top].args, "input_ids");
+        let ids = ids.ok_or_else(|| not("it has no input \"input_ids\""))?;
+        if !matches!(m.ty(ids).elem(), Some(Elem::I64 | Elem::I32)) || !ranked(m, ids, 2) {
             return Err(not(&format!("its input_ids are {}, not int64 [batch, seq]", m.ty(ids))));
-        }
-        let logits = named(&top.results, "logits").ok_or_else(|| not("it has no output \"logits\""))?;
-        if m.ty(logits).elem().is_some_and(|e| !e.is_float()) || rank(logits).is_some_and(|r| r != 3) {
-            let ty = m.ty(logits);
-            return Err(not(&format!("its logits are {ty}, not floats [batch, seq, vocabulary]")));
         }
         let inputs = free_inputs(m).map(|v| input(m, v)).collect::<Result<_, _>>()?;
         let vocab = embedding_rows(m, ids);
-        let logits_dim = fixed(m, logits, 2).or(vocab).unwrap_or(1);
-        Ok(CausalLm { logits, vocab, batch: fixed(m, ids, 0), len: fixed(m, ids, 1), inputs, logits_dim })
+        let logits = logits(m);
+        let logits_dim = logits.as_ref().ok().and_then(|&v| fixed(m, v, 2)).or(vocab).unwrap_or(1);
+        Ok(Lm { logits, vocab, batch: fixed(m, ids, 0), len: fixed(m, ids, 1), inputs, logits_dim })
     }
 
     /// What is fed beside the tokens, in words; `None` when nothing is.
@@ -113,10 +110,10 @@ impl CausalLm {
         (!list.is_empty()).then(|| format!("fed {}", list.join(", ")))
     }
 
-    /// Rows for one run of rows of `len` tokens, before [`CausalLm::probe`] is asked.
+    /// Rows for one run of rows of `len` tokens, before [`Lm::probe`] is asked.
     fn rows_per_run(&self, len: usize) -> usize {
         let row = len.saturating_mul(self.logits_dim).saturating_mul(size_of::<f32>()).max(1);
-        self.batch.unwrap_or((LOGITS_BYTES / row).clamp(1, MAX_ROWS))
+        self.batch.unwrap_or((LOGITS_BYTES / row).min(RUN_TOKENS / len.max(1)).max(1))
     }
 
     /// A run's inputs for rows of `len` tokens, row after row in `ids`.
@@ -143,19 +140,22 @@ impl CausalLm {
         len: usize,
     ) -> Result<(usize, Option<String>), ExecError> {
         let rows = self.rows_per_run(len);
+        let Some(&watched) = self.logits.as_ref().ok().or(m.regions[m.top].results.first()) else {
+            return Ok((rows, None));
+        };
         if rows == 1 || self.batch.is_some() {
             return Ok((rows, None));
         }
         let len = self.len.unwrap_or(len.min(PROBE_LEN));
         let vocab = self.vocab.unwrap_or(2).max(1);
         let ids: Vec<i64> = (0..rows * len).map(|i| (i * 7 % vocab) as i64).collect();
-        let logits = |ids: &[i64]| -> Result<Vec<f32>, ExecError> {
-            let got = run_once(exec, m, &inputs_of(m, self.batch_of(ids, len)), &[self.logits])?;
+        let run = |ids: &[i64]| -> Result<Vec<f32>, ExecError> {
+            let got = run_once(exec, m, &inputs_of(m, self.batch_of(ids, len)), &[watched])?;
             let tensor = got[0].tensor().map_err(|e| ExecError::Sink(e.to_string()))?;
             Ok(tensor.to_f32().map_err(|e| ExecError::Sink(e.to_string()))?.into_owned())
         };
-        let alone = logits(&ids[(rows - 1) * len..])?;
-        let why = match logits(&ids) {
+        let alone = run(&ids[(rows - 1) * len..])?;
+        let why = match run(&ids) {
             Err(e) => format!("it fails on a batch of {rows}: {e}"),
             Ok(all) if all.len() == rows * alone.len() && close(&all[all.len() - alone.len()..], &alone) => {
                 return Ok((rows, None));
@@ -166,11 +166,32 @@ impl CausalLm {
     }
 }
 
+/// The value of `list` whose name is `name`.
+fn named(m: &Module, list: &[Value], name: &str) -> Option<Value> {
+    list.iter().copied().find(|&v| &*m.values[v].name == name)
+}
+
+/// Whether a value may have this rank.
+fn ranked(m: &Module, v: Value, rank: usize) -> bool {
+    m.ty(v).dims().is_none_or(|d| d.len() == rank)
+}
+
+/// The output of a causal model.
+fn logits(m: &Module) -> Result<Value, LmError> {
+    let v = named(m, &m.regions[m.top].results, "logits");
+    let v = v.ok_or_else(|| LmError::NotCausal("it has no output \"logits\"".into()))?;
+    if m.ty(v).elem().is_some_and(|e| !e.is_float()) || !ranked(m, v, 3) {
+        let ty = m.ty(v);
+        return Err(LmError::NotCausal(format!("its logits are {ty}, not floats [batch, seq, vocabulary]")));
+    }
+    Ok(v)
+}
+
 /// The name and type of an input, and what fills it.
 fn input(m: &Module, v: Value) -> Result<(Symbol, Elem, Option<Fill>), LmError> {
     let data = &m.values[v];
     let unknown = || LmError::Input { name: data.name.clone(), ty: data.ty.clone() };
-    if data.name.starts_with("past_key_values") || data.name.starts_with("past_key") {
+    if data.name.starts_with("past_key") {
         return Err(LmError::Cache(data.name.clone()));
     }
     let elem = data.ty.elem().ok_or_else(unknown)?;
@@ -180,7 +201,7 @@ fn input(m: &Module, v: Value) -> Result<(Symbol, Elem, Option<Fill>), LmError> 
     let fill = FILLS.iter().find(|f| *f.0 == *data.name).map(|f| f.1).ok_or_else(unknown)?;
     let legal = matches!(elem, Elem::I64 | Elem::I32)
         || fill == Fill::Ones && matches!(elem, Elem::Bool | Elem::F32 | Elem::F16 | Elem::BF16);
-    if !legal || data.ty.dims().is_some_and(|d| d.len() != 2) {
+    if !legal || !ranked(m, v, 2) {
         return Err(unknown());
     }
     Ok((data.name.clone(), elem, Some(fill)))
@@ -214,8 +235,7 @@ fn close(a: &[f32], b: &[f32]) -> bool {
 /// A batch as inputs of `m`, by their names; what `m` does not have is left out.
 pub fn inputs_of(m: &Module, batch: Batch) -> Vec<(Value, Item)> {
     let args = &m.regions[m.top].args;
-    let find = |name: &str| args.iter().copied().find(|&v| *m.values[v].name == *name);
-    batch.into_iter().filter_map(|(name, t)| Some((find(&name)?, t.into()))).collect()
+    batch.into_iter().filter_map(|(name, t)| Some((named(m, args, &name)?, t.into()))).collect()
 }
 
 #[cfg(test)]
@@ -249,7 +269,7 @@ mod tests {
             ("position_ids", Elem::I64, 2),
             ("token_type_ids", Elem::I64, 2),
         ]);
-        let lm = CausalLm::of(&m).unwrap();
+        let lm = Lm::of(&m).unwrap();
         let batch = lm.batch_of(&[5, 6, 7, 8], 2);
         let names: Vec<&str> = batch.iter().map(|(n, _)| &**n).collect();
         assert_eq!(names, ["input_ids", "attention_mask", "position_ids", "token_type_ids"]);
@@ -263,7 +283,7 @@ mod tests {
 
     #[test]
     fn other_models_are_told_apart() {
-        let why = |inputs: &[(&str, Elem, usize)]| CausalLm::of(&model(inputs)).unwrap_err().to_string();
+        let why = |inputs: &[(&str, Elem, usize)]| Lm::of(&model(inputs)).unwrap_err().to_string();
         assert!(why(&[("image", Elem::F32, 3)]).contains("no input \"input_ids\""));
         assert!(why(&[("input_ids", Elem::F32, 2)]).contains("not int64"));
         assert!(why(&[("input_ids", Elem::I64, 1)]).contains("not int64"));
@@ -272,14 +292,14 @@ mod tests {
         assert!(why(&[ids, ("temperature", Elem::F32, 1)]).contains("\"temperature\""));
         assert!(why(&[ids, ("attention_mask", Elem::I64, 3)]).contains("\"attention_mask\""));
         assert!(why(&[ids, ("position_ids", Elem::F32, 2)]).contains("\"position_ids\""));
-        assert!(CausalLm::of(&model(&[ids])).unwrap().filled().is_none());
+        assert!(Lm::of(&model(&[ids])).unwrap().filled().is_none());
     }
 
     #[test]
     fn runs_are_bounded() {
-        let lm = CausalLm::of(&model(&[("input_ids", Elem::I64, 2)])).unwrap();
-        assert_eq!(lm.rows_per_run(8), MAX_ROWS);
-        assert_eq!(lm.rows_per_run(LOGITS_BYTES / (7 * 4 * 3)), 3);
+        let lm = Lm::of(&model(&[("input_ids", Elem::I64, 2)])).unwrap();
+        assert_eq!(lm.rows_per_run(8), RUN_TOKENS / 8);
+        assert_eq!(Lm { logits_dim: LOGITS_BYTES / 32, ..lm.clone() }.rows_per_run(4), 2);
         assert_eq!(lm.rows_per_run(usize::MAX), 1);
     }
 }

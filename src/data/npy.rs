@@ -64,6 +64,15 @@ impl Array {
         Tensor::from_const(&data).ok()
     }
 
+    /// The rows `rows` (indices into the first dim, which the array has), one after another.
+    pub fn rows(&self, rows: &[usize]) -> Tensor {
+        let mut shape = self.shape.clone();
+        let row = shape[1..].iter().product::<usize>() * (self.elem.bits() / 8);
+        let data = rows.iter().flat_map(|&r| &self.data[r * row..][..row]).copied().collect();
+        shape[0] = rows.len();
+        Array { elem: self.elem, shape, data }.tensor()
+    }
+
     /// The whole array.
     pub fn tensor(&self) -> Tensor {
         self.window(0, &self.shape).expect("an array holds all its elements")

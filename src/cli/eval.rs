@@ -1,0 +1,80 @@
+//! `qcc eval`: perplexity and accuracy of a language model, and its distance from a baseline.
+
+use super::{Context, print};
+use crate::calibrate::positive;
+use crate::data::tokens::{self, Rows, Take};
+use crate::driver;
+use crate::error::Error;
+use crate::eval::{EvalError, Scores, Subject, evaluate};
+use crate::model;
+use dialects::ir::Module;
+use dialects::ir::interp::Interpreter;
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// The model
+    model: PathBuf,
+    /// Token ids to predict: a .npy file, integers [rows, tokens]
+    #[arg(long, value_name = "FILE")]
+    tokens: PathBuf,
+    /// Only the first N rows
+    #[arg(long, value_name = "N", value_parser = positive)]
+    rows: Option<usize>,
+    /// A model to compare with, such as the one before quantization
+    #[arg(long, value_name = "MODEL")]
+    baseline: Option<PathBuf>,
+    /// Leave out the int8 activations that packed ops of accuracy_level 4 compute with
+    #[arg(long)]
+    exact: bool,
+}
+
+pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
+    let m = read(&args.model, cx)?;
+    let baseline = args.baseline.as_deref().map(|path| read(path, cx)).transpose()?;
+    let take = Take { rows: args.rows.unwrap_or(usize::MAX), len: usize::MAX, random: false, seed: 0 };
+    let rows = tokens::read(&args.tokens, take).map_err(|e| Error::Data(e.to_string()))?;
+    let exec = Interpreter::new(cx.registry.ops().clone()).exact(args.exact);
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |e: EvalError| Error::Model(format!("{}: {e}", path.display()))
+    };
+    let model = Subject::new(&m, &exec, rows.len).map_err(failed(&args.model))?;
+    rows.check(&args.tokens, model.vocab()).map_err(|e| Error::Data(e.to_string()))?;
+    let other = match (&baseline, &args.baseline) {
+        (Some(b), Some(path)) => Some(Subject::new(b, &exec, rows.len).map_err(failed(path))?),
+        _ => None,
+    };
+    let task = cx.term.task("evaluating", rows.count() as u64);
+    let scores = evaluate(&model, other.as_ref(), &rows, &*task).map_err(failed(&args.model))?;
+    drop(task);
+    if cx.json {
+        let json = serde_json::to_string_pretty(&scores).expect("scores are plain data");
+        return print(&format!("{json}\n"));
+    }
+    print(&text(&scores, &rows, &model.notes))
+}
+
+fn read(path: &Path, cx: &Context) -> Result<Module, Error> {
+    let mut m = model::load(path)?.module;
+    let found = driver::verify(&mut m, &cx.registry);
+    if found.is_empty() { Ok(m) } else { Err(Error::Invalid { path: path.to_owned(), found }) }
+}
+
+fn text(s: &Scores, rows: &Rows, notes: &[String]) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| out.push_str(&format!("{name:<22}{value}\n"));
+    line("tokens", format!("{} rows of {}, {} predicted", s.rows, rows.len, s.positions));
+    for note in notes {
+        line("", note.clone());
+    }
+    line("perplexity", format!("{:.4}", s.perplexity));
+    line("top-1 accuracy", format!("{:.4}", s.top1));
+    if let Some(a) = &s.against {
+        line("baseline perplexity", format!("{:.4}", a.baseline_perplexity));
+        line("baseline top-1", format!("{:.4}", a.baseline_top1));
+        line("KL divergence", format!("{:.6} nats", a.kl));
+        line("top-1 agreement", format!("{:.4}", a.agreement));
+    }
+    out
+}
