@@ -95,8 +95,11 @@ impl Case {
 /// Checks every case of `testdata/NAME.cases`: evaluation against the expected results; inference from full, from
 /// symbolic, from unranked and from unknown types against the types of the results.
 pub(crate) fn check(name: &str) {
-    let path = format!("{}/testdata/{name}.cases", env!("CARGO_MANIFEST_DIR"));
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    check_file(&format!("{}/testdata/{name}.cases", env!("CARGO_MANIFEST_DIR")));
+}
+
+fn check_file(path: &str) {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}"));
     let cases = parse(&text);
     assert!(!cases.is_empty());
     let failures: Vec<String> = cases.iter().flat_map(|c| check_one(c).err()).collect();
@@ -142,7 +145,9 @@ fn check_one(case: &Case) -> Result<(), String> {
             let Some(want) = want else { continue };
             let ty = inferred.get(i).map_or(Type::Unknown, |f| f.ty.clone());
             let want = Type::of_shape(want.elem(), want.shape());
-            if ty.unify(&want).is_none() || (view == "full" && ty != want) {
+            // Sizes that depend on floats, or on more contents than inference follows, stay unknown.
+            let by_value = ["Range", "NonZero", "Unique", "Compress", "Resize"].contains(&case.op.op());
+            if ty.unify(&want).is_none() || (view == "full" && ty != want && !by_value) {
                 return Err(fail(format!("from {view} types result {i} is inferred {ty}, expected {want}")));
             }
         }
@@ -157,6 +162,11 @@ fn numbers(t: &Tensor) -> Vec<f64> {
             t.to_f32().unwrap().iter().map(|&x| x.into()).collect()
         }
         Data::U8(v) => v.iter().map(|&x| x.into()).collect(),
+        Data::U64(v) => v.iter().map(|&x| x as f64).collect(),
+        // Text is compared by the lengths and bytes of its strings.
+        Data::Str(v) => {
+            v.iter().flat_map(|s| [s.len() as u8].into_iter().chain(s.to_vec())).map(f64::from).collect()
+        }
         _ => t.to_i64().unwrap().iter().map(|&x| x as f64).collect(),
     }
 }
@@ -204,4 +214,13 @@ fn tensor(words: &[&str]) -> Option<Tensor> {
         (0..hex.len() / 2).map(|i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap()).collect();
     let c = ConstData::new(Elem::from_name(elem).unwrap(), dims, Arc::new(Bytes::from(bytes))).unwrap();
     Some(Tensor::from_const(&c).unwrap())
+}
+
+/// More cases than the repository holds, such as ONNX's own node tests (`scripts/op_cases.py --node-tests FILE`).
+#[test]
+fn the_cases_that_the_environment_names() {
+    match std::env::var("QCC_OP_CASES") {
+        Ok(path) => check_file(&path),
+        Err(_) => eprintln!("skipped: QCC_OP_CASES names no file"),
+    }
 }

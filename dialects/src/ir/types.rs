@@ -139,13 +139,14 @@ impl fmt::Display for Elem {
 /// A dimension, or one element of a small integer value that inference follows (`Shape` -> `Gather` -> `Concat`).
 ///
 /// The arithmetic never refuses: what it cannot express becomes [`Dim::Unknown`].
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Dim {
     /// A number. Negative only in values, never in a shape.
     Known(i64),
     /// A named size, such as `batch`. Two equal names are equal sizes.
     Sym(Arc<str>),
     /// Anything.
+    #[default]
     Unknown,
 }
 

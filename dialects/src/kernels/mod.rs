@@ -2,5 +2,8 @@
 //! tiles of a size that depends on shapes alone, and a float sum is never split over threads.
 
 pub mod gemm;
+pub mod math;
+pub mod minifloat;
 pub mod packed;
 pub mod row;
+pub mod strided;

@@ -3,25 +3,46 @@
 use crate::ops::OpDef;
 
 mod attention;
+mod binary;
+pub mod cast;
 mod channel_norm;
+mod compare;
+mod constant;
 mod conv;
+mod gather;
 mod matmul;
+mod movement;
 mod normalization;
 mod pool;
 mod recurrent;
+mod reduce;
+mod reshape;
 mod rotary;
+mod select;
 mod softmax;
+mod unary;
+pub mod util;
 mod window;
 
 /// Every family of ops in this dialect.
 pub const FAMILIES: &[&[OpDef]] = &[
     attention::OPS,
+    binary::OPS,
+    cast::OPS,
     channel_norm::OPS,
+    compare::OPS,
+    constant::OPS,
     conv::OPS,
-    pool::OPS,
+    gather::OPS,
     matmul::OPS,
+    movement::OPS,
     normalization::OPS,
+    pool::OPS,
     recurrent::OPS,
+    reduce::OPS,
+    reshape::OPS,
     rotary::OPS,
+    select::OPS,
     softmax::OPS,
+    unary::OPS,
 ];
