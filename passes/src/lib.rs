@@ -3,6 +3,9 @@
 //! A pass is either exact (the same function over the reals) or lossy, and says which. It sees the outside
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
+pub mod const_fold;
+pub mod dce;
+pub mod eqsat;
 pub mod gram;
 pub mod grid;
 pub mod linear;
@@ -200,6 +203,8 @@ impl PassDef {
 
 /// Every pass of this crate, in the order of `--list-passes`.
 pub const PASSES: &[fn() -> PassDef] = &[
+    || PassDef::of::<const_fold::ConstFold>("const-fold"),
+    || PassDef::of::<dce::Dce>("dce"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),

@@ -1,0 +1,546 @@
+//! Puts an extraction back into the module: new ops where the choice differs from what is there, and constants
+//! computed from the constant expressions that the choice reads.
+//!
+//! Ops and constants that stay as they are keep their values. A computed constant takes the name of the largest
+//! constant it is made from when nothing else reads that one any more.
+
+use super::extract::Extraction;
+use super::graph::Graph;
+use super::lang::{Head, Node};
+use super::window::{Scope, Window};
+use dialects::ir::{
+    Attrs, ConstData, ConstError, ConstPool, Elem, Module, Op, OpBuilder, OpName, Region, Symbol,
+    TensorSource, Type, Value, ValueDef,
+};
+use dialects::ops::{EvalCx, Item, OpDef, OpError};
+use dialects::tensor::Tensor;
+use egg::Id;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+/// Computed constants of more bytes than this stay expressions, evaluated whenever they are read.
+const LAZY: u64 = 1 << 20;
+
+/// What an op of the plan reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Source {
+    Absent,
+    /// A value that is there.
+    Value(Value),
+    /// Result `.1` of a new op.
+    New(usize, u32),
+    /// A computed constant.
+    Const(usize),
+}
+
+/// A new op.
+#[derive(Debug)]
+struct Step {
+    name: OpName,
+    attrs: Attrs,
+    operands: Vec<Source>,
+    outputs: u32,
+    types: BTreeMap<u32, Type>,
+    /// The op that it stands for.
+    like: Option<Op>,
+    /// It goes after the op at this place minus one.
+    place: usize,
+}
+
+/// A constant to compute.
+#[derive(Debug)]
+struct Computed {
+    expr: Arc<Expr>,
+    elem: Elem,
+    dims: Vec<u64>,
+    base: Option<Value>,
+}
+
+/// A constant expression. It owns what it needs, so that it can outlive the module's edits.
+enum Expr {
+    Leaf(ConstData),
+    Literal(Tensor),
+    Op { name: OpName, attrs: Attrs, opset: i64, def: &'static OpDef, operands: Vec<Option<Arc<Expr>>> },
+}
+
+impl std::fmt::Debug for Expr {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Expr::Leaf(c) => write!(f, "{}{:?}", c.elem, c.dims),
+            Expr::Literal(t) => write!(f, "{}{:?}", t.elem(), t.shape()),
+            Expr::Op { name, operands, .. } => write!(f, "{name}{operands:?}"),
+        }
+    }
+}
+
+impl Expr {
+    /// The value, with 16-bit floats computed in 32 bits.
+    fn eval(&self) -> Result<Tensor, OpError> {
+        let wide = |t: Tensor| -> Result<Tensor, OpError> {
+            match t.elem() {
+                Elem::F16 | Elem::BF16 => {
+                    let values = t.to_f32()?.into_owned();
+                    Ok(Tensor::from_f32(Elem::F32, t.shape(), values)?)
+                }
+                _ => Ok(t),
+            }
+        };
+        match self {
+            Expr::Leaf(c) => wide(Tensor::from_const(c)?),
+            Expr::Literal(t) => wide(t.clone()),
+            Expr::Op { name, attrs, opset, def, operands } => {
+                if name.as_str() == "onnx.Cast" {
+                    // Between float types; the result is rounded once, at the end.
+                    let x = operands.first().and_then(Option::as_ref);
+                    return x.ok_or_else(|| OpError::invalid("Cast has no operand"))?.eval();
+                }
+                let inputs: Vec<Option<Item>> = operands
+                    .iter()
+                    .map(|o| o.as_ref().map(|o| o.eval().map(Item::from)).transpose())
+                    .collect::<Result<_, _>>()?;
+                let region = |_: Region, _: Vec<Item>| Err(OpError::Unsupported("a nested graph".into()));
+                let consts = ConstPool::new();
+                let cx = EvalCx {
+                    name,
+                    attrs,
+                    opset: *opset,
+                    inputs: &inputs,
+                    outputs: 1,
+                    consts: &consts,
+                    region: &region,
+                    exact: true,
+                };
+                let items = (def.eval)(&cx)?;
+                let first = items.into_iter().next();
+                Ok(first
+                    .ok_or_else(|| OpError::invalid(format!("{name} gives no result")))?
+                    .tensor()?
+                    .clone())
+            }
+        }
+    }
+
+    /// The value as a constant of type `elem`.
+    fn constant(&self, elem: Elem) -> Result<ConstData, OpError> {
+        let t = self.eval()?;
+        let t = match elem == t.elem() {
+            true => t,
+            false => Tensor::from_f32(elem, t.shape(), t.to_f32()?.into_owned())?,
+        };
+        Ok(t.to_const())
+    }
+}
+
+/// A large computed constant, evaluated when it is read.
+#[derive(Debug)]
+struct Lazy {
+    expr: Arc<Expr>,
+    elem: Elem,
+    len: u64,
+}
+
+impl TensorSource for Lazy {
+    fn byte_len(&self) -> u64 {
+        self.len
+    }
+
+    fn read(&self) -> Result<bytes::Bytes, ConstError> {
+        let c = self.expr.constant(self.elem).map_err(|e| ConstError::Unavailable(e.to_string()))?;
+        c.read()
+    }
+}
+
+/// The edits that turn the module's window into an extraction. It no longer borrows the graph.
+#[derive(Debug, Default)]
+pub struct Plan {
+    steps: Vec<Step>,
+    consts: Vec<Computed>,
+    /// A value and what replaces it.
+    replace: Vec<(Value, Source)>,
+    window: Vec<Op>,
+    loc: Option<Symbol>,
+}
+
+struct Planner<'g, 'a, 's> {
+    g: &'g Graph<'a>,
+    scope: &'g Scope<'s>,
+    choice: &'g BTreeMap<Id, Node>,
+    values: HashMap<Id, Vec<(Value, Node)>>,
+    plan: Plan,
+    done: HashMap<Id, Source>,
+    made: HashMap<(OpName, u32, Vec<Source>), usize>,
+    terms: BTreeMap<Id, (u64, Node)>,
+    exprs: HashMap<Id, Arc<Expr>>,
+}
+
+/// Plans the edits; an error says why the extraction cannot be put back.
+pub fn plan(g: &Graph, scope: &Scope, w: &Window, roots: &[Id], x: &Extraction) -> Result<Plan, String> {
+    let mut values: HashMap<Id, Vec<(Value, Node)>> = HashMap::new();
+    for (v, id, node) in &g.values {
+        let node = Node { head: node.head, children: node.children.iter().map(|&c| g.find(c)).collect() };
+        values.entry(g.find(*id)).or_default().push((*v, node));
+    }
+    let mut p = Planner {
+        g,
+        scope,
+        choice: &x.choice,
+        values,
+        plan: Plan { window: w.ops.clone(), ..Plan::default() },
+        done: HashMap::new(),
+        made: HashMap::new(),
+        terms: terms(g),
+        exprs: HashMap::new(),
+    };
+    let seed = w.roots[0];
+    p.plan.loc = g.world().m.def_op(seed).map(|(op, _)| g.world().m.ops[op].loc.clone());
+    let inside: HashSet<Op> = w.ops.iter().copied().collect();
+    for (&v, &class) in w.roots.iter().zip(roots) {
+        let source = p.source(class)?;
+        if source == Source::Value(v) {
+            continue;
+        }
+        let place = p.place(source);
+        if scope.first_reader(v, &inside).is_some_and(|reader| place > reader) {
+            return Err("what replaces a value would be computed after its first use".into());
+        }
+        p.plan.replace.push((v, source));
+    }
+    Ok(p.plan)
+}
+
+/// The smallest term of every constant class.
+fn terms(g: &Graph) -> BTreeMap<Id, (u64, Node)> {
+    let mut classes: Vec<Id> = g.eg.classes().map(|c| c.id).filter(|&c| g.is_const(c)).collect();
+    classes.sort();
+    let mut best: BTreeMap<Id, (u64, Node)> = BTreeMap::new();
+    loop {
+        let mut changed = false;
+        for &class in &classes {
+            for node in g.nodes(class) {
+                let below = node.children.iter().filter(|c| !g.is_absent(**c));
+                let size = below.map(|c| Some(best.get(&g.find(*c))?.0)).try_fold(1u64, |s, n| Some(s + n?));
+                let Some(size) = size else { continue };
+                if best.get(&class).is_none_or(|b| (size, &node) < (b.0, &b.1)) {
+                    best.insert(class, (size, node));
+                    changed = true;
+                }
+            }
+        }
+        if !changed {
+            return best;
+        }
+    }
+}
+
+impl Planner<'_, '_, '_> {
+    /// After which op a source is there; zero for the start.
+    fn place(&self, s: Source) -> usize {
+        match s {
+            Source::Value(v) => self.scope.place_of(v),
+            Source::New(i, _) => self.plan.steps[i].place,
+            Source::Absent | Source::Const(_) => 0,
+        }
+    }
+
+    fn source(&mut self, class: Id) -> Result<Source, String> {
+        let class = self.g.find(class);
+        if let Some(&s) = self.done.get(&class) {
+            return Ok(s);
+        }
+        let s = self.make(class)?;
+        self.done.insert(class, s);
+        Ok(s)
+    }
+
+    fn make(&mut self, class: Id) -> Result<Source, String> {
+        if self.g.is_absent(class) {
+            return Ok(Source::Absent);
+        }
+        let known = self.values.get(&class).cloned().unwrap_or_default();
+        if self.g.is_const(class) {
+            // A constant of the module before one that an op computes.
+            let leaf = known.iter().find(|(_, n)| n.children.is_empty()).or(known.first());
+            return match leaf {
+                Some((v, _)) => Ok(Source::Value(*v)),
+                None => self.computed(class),
+            };
+        }
+        let node = self.choice.get(&class).ok_or("a value is missing from the extraction")?.clone();
+        let operands: Vec<Source> =
+            node.children.iter().map(|&c| self.source(c)).collect::<Result<_, _>>()?;
+        if node.children.is_empty() {
+            let input = known.iter().find(|(_, n)| n.head == node.head);
+            return Ok(Source::Value(input.ok_or("an input of the window has no value")?.0));
+        }
+        let m = self.g.world().m;
+        let old = |v: Value| m.def_op(v).map(|(op, _)| op);
+        for (v, n) in &known {
+            let same = n.head == node.head
+                && old(*v).is_some_and(|op| {
+                    let now = m.ops[op].operands.iter().map(|o| o.map_or(Source::Absent, Source::Value));
+                    now.eq(operands.iter().copied())
+                });
+            if same {
+                return Ok(Source::Value(*v));
+            }
+        }
+        let Head::Op { result, outputs, attrs, .. } = node.head else {
+            return Err("a leaf cannot be computed".into());
+        };
+        let name = self.g.world().name(node.head).expect("an op has a name").clone();
+        let key = (name.clone(), attrs, operands.clone());
+        let i = match self.made.get(&key) {
+            Some(&i) => i,
+            None => {
+                let place = operands.iter().map(|&o| self.place(o)).max().unwrap_or(0);
+                let like = self.like(&node);
+                let attrs = self.g.attrs(&node).clone();
+                self.plan.steps.push(Step {
+                    name,
+                    attrs,
+                    operands,
+                    outputs,
+                    types: BTreeMap::new(),
+                    like,
+                    place,
+                });
+                self.made.insert(key, self.plan.steps.len() - 1);
+                self.plan.steps.len() - 1
+            }
+        };
+        self.plan.steps[i].types.insert(result, self.g.ty(class).clone());
+        Ok(Source::New(i, result))
+    }
+
+    /// The op of the window that an e-node resembles most: the same op on as many of the same operands as possible.
+    fn like(&self, node: &Node) -> Option<Op> {
+        let same = |n: &Node| {
+            n.children
+                .iter()
+                .zip(&node.children)
+                .filter(|(a, b)| self.g.find(**a) == self.g.find(**b))
+                .count()
+        };
+        let candidates =
+            self.g.values.iter().filter(|(_, _, n)| n.head == node.head && !n.children.is_empty());
+        let best = candidates.max_by_key(|(v, _, n)| (same(n), std::cmp::Reverse(*v)))?;
+        self.g.world().m.def_op(best.0).map(|(op, _)| op)
+    }
+
+    fn computed(&mut self, class: Id) -> Result<Source, String> {
+        let ty = self.g.ty(class).as_tensor().ok_or("the type of a computed constant is unknown")?;
+        let shape = ty.known_shape().ok_or("the shape of a computed constant is unknown")?;
+        let elem = ty.elem;
+        let expr = self.expr(class)?;
+        let base = self.leaves(class).into_iter().max_by_key(|v| {
+            let bytes = self.g.world().m.const_of(*v).map_or(0, |c| self.g.world().m.consts[c].byte_len());
+            (bytes, std::cmp::Reverse(*v))
+        });
+        let dims = shape.into_iter().map(|d| d as u64).collect();
+        self.plan.consts.push(Computed { expr, elem, dims, base });
+        Ok(Source::Const(self.plan.consts.len() - 1))
+    }
+
+    fn expr(&mut self, class: Id) -> Result<Arc<Expr>, String> {
+        let class = self.g.find(class);
+        if let Some(e) = self.exprs.get(&class) {
+            return Ok(e.clone());
+        }
+        let world = self.g.world();
+        let node = self.terms.get(&class).ok_or("a constant has no finite term")?.1.clone();
+        let expr = match node.head {
+            Head::Const(i) => Expr::Leaf(world.m.consts[world.consts[i as usize].0].clone()),
+            Head::Literal(i) => Expr::Literal(world.literals[i as usize].tensor.clone()),
+            Head::Op { result: 0, .. } => {
+                let name = world.name(node.head).expect("an op has a name").clone();
+                let def = world.ops.get(&name).ok_or_else(|| format!("{name} has no evaluation"))?;
+                let (attrs, opset) = (self.g.attrs(&node).clone(), world.m.opset(name.dialect()));
+                let mut operands = Vec::new();
+                for &c in &node.children {
+                    operands.push(if self.g.is_absent(c) { None } else { Some(self.expr(c)?) });
+                }
+                Expr::Op { name, attrs, opset, def, operands }
+            }
+            _ => return Err("a symbolic scale cannot be computed".into()),
+        };
+        let expr = Arc::new(expr);
+        self.exprs.insert(class, expr.clone());
+        Ok(expr)
+    }
+
+    /// The constants of the module that a constant class is made from.
+    fn leaves(&self, class: Id) -> Vec<Value> {
+        leaves(self.g, &self.terms, class)
+    }
+}
+
+fn leaves(g: &Graph, terms: &BTreeMap<Id, (u64, Node)>, class: Id) -> Vec<Value> {
+    let world = g.world();
+    let Some((_, node)) = terms.get(&g.find(class)) else { return Vec::new() };
+    match node.head {
+        Head::Const(i) => vec![world.consts[i as usize].1],
+        Head::Literal(i) => world.literals[i as usize].value.into_iter().collect(),
+        _ => node.children.iter().flat_map(|&c| leaves(g, terms, c)).collect(),
+    }
+}
+
+/// The names of the constants that an extraction multiplies by symbolic scale 0.
+pub fn sites(g: &Graph, x: &Extraction) -> Vec<String> {
+    let terms = terms(g);
+    let scaled = |class: Id| -> bool {
+        let mut todo = vec![g.find(class)];
+        while let Some(c) = todo.pop() {
+            let Some((_, n)) = terms.get(&c) else { continue };
+            if matches!(n.head, Head::Scale(_)) {
+                return true;
+            }
+            todo.extend(n.children.iter().map(|&c| g.find(c)));
+        }
+        false
+    };
+    let m = g.world().m;
+    let mut out: Vec<Value> = Vec::new();
+    for node in x.choice.values() {
+        for &c in node.children.iter().filter(|&&c| g.is_const(c) && scaled(c)) {
+            let float = |v: &Value| m.ty(*v).elem().is_some_and(|e| e.is_float());
+            let size = |v: &Value| m.const_of(*v).map_or(0, |c| m.consts[c].byte_len());
+            let base = leaves(g, &terms, c)
+                .into_iter()
+                .filter(float)
+                .max_by_key(|v| (size(v), std::cmp::Reverse(*v)));
+            out.extend(base);
+        }
+    }
+    out.sort();
+    out.dedup();
+    out.into_iter().map(|v| m.value_label(v)).collect()
+}
+
+impl Plan {
+    /// Edits the module. Returns the names of the constants it computed.
+    pub fn apply(self, m: &mut Module, region: Region) -> Result<Vec<String>, OpError> {
+        // Everything that can fail comes before the first edit.
+        let mut data = Vec::new();
+        for c in &self.consts {
+            let count = c.dims.iter().product();
+            let len =
+                c.elem.byte_len(count).ok_or_else(|| OpError::invalid("a computed constant is too large"))?;
+            data.push(if len > LAZY {
+                let lazy = Lazy { expr: c.expr.clone(), elem: c.elem, len };
+                ConstData::new(c.elem, c.dims.clone(), Arc::new(lazy))
+                    .map_err(|e| OpError::invalid(e.to_string()))?
+            } else {
+                c.expr.constant(c.elem)?
+            });
+        }
+        let consts: Vec<Value> = data.into_iter().map(|d| m.add_const(region, "", d)).collect();
+
+        let order = m.regions[region].ops.clone();
+        // Ops that go after the same place keep their order: each goes after the last one put there.
+        let mut last: HashMap<usize, Op> = HashMap::new();
+        let mut ops: Vec<Op> = Vec::new();
+        let resolve = |m: &Module, ops: &[Op], s: Source| match s {
+            Source::Absent => None,
+            Source::Value(v) => Some(v),
+            Source::Const(i) => Some(consts[i]),
+            Source::New(i, r) => m.ops[ops[i]].result(r as usize),
+        };
+        let loc = self.loc.clone().unwrap_or_else(|| "".into());
+        for step in &self.steps {
+            let loc = step.like.map_or(loc.clone(), |op| m.ops[op].loc.clone());
+            let operands: Vec<Option<Value>> = step.operands.iter().map(|&s| resolve(m, &ops, s)).collect();
+            let mut build =
+                OpBuilder::named(step.name.clone(), &loc).operands(operands).attrs(step.attrs.clone());
+            for r in 0..step.outputs {
+                build = match step.types.get(&r) {
+                    Some(ty) => build.result(ty.clone()),
+                    None => build.no_result(),
+                };
+            }
+            let after = last.get(&step.place).copied().or_else(|| Some(order[step.place.checked_sub(1)?]));
+            let op = match (after, order.first()) {
+                (Some(after), _) => m.insert_after(after, build),
+                (None, Some(&first)) => m.insert_before(first, build),
+                (None, None) => m.push(region, build),
+            };
+            last.insert(step.place, op);
+            ops.push(op);
+        }
+        for &(old, new) in &self.replace {
+            let new = resolve(m, &ops, new).ok_or_else(|| OpError::invalid("a root has no replacement"))?;
+            m.replace_uses(old, new);
+        }
+        self.sweep(m, region, &ops, &consts)
+    }
+
+    /// Erases what the window no longer needs, and hands its names on.
+    fn sweep(
+        &self,
+        m: &mut Module,
+        region: Region,
+        ops: &[Op],
+        consts: &[Value],
+    ) -> Result<Vec<String>, OpError> {
+        let mut reads: HashMap<Value, usize> = HashMap::new();
+        let mut live = HashSet::new();
+        for r in m.live_regions() {
+            for v in &m.regions[r].results {
+                *reads.entry(*v).or_default() += 1;
+            }
+            for &op in &m.regions[r].ops {
+                live.insert(op);
+                for v in m.ops[op].operands.iter().flatten() {
+                    *reads.entry(*v).or_default() += 1;
+                }
+            }
+        }
+        let mut gone = HashSet::new();
+        let mut unread: Vec<Value> = Vec::new();
+        for &op in self.window.iter().rev().filter(|op| live.contains(op)) {
+            if m.ops[op].results.iter().flatten().any(|v| reads.get(v).is_some_and(|&n| n > 0)) {
+                continue;
+            }
+            for v in m.ops[op].operands.iter().flatten() {
+                let n = reads.get_mut(v).expect("an operand is read");
+                *n -= 1;
+                if *n == 0 && matches!(m.values[*v].def, ValueDef::Const(_)) {
+                    unread.push(*v);
+                }
+            }
+            for v in m.ops[op].results.iter().flatten() {
+                m.values[*v].def = ValueDef::Erased;
+            }
+            gone.insert(op);
+        }
+        m.regions[region].ops.retain(|op| !gone.contains(op));
+        unread.retain(|v| !m.regions.values().any(|r| r.args.contains(v)));
+        for r in m.regions.values_mut() {
+            r.consts.retain(|v| !unread.contains(v));
+        }
+        for (step, &op) in self.steps.iter().zip(ops) {
+            if let Some(like) = step.like
+                && gone.contains(&like)
+            {
+                m.ops[op].node = std::mem::replace(&mut m.ops[like].node, "".into());
+            }
+        }
+        let mut names = Vec::new();
+        for (c, &v) in self.consts.iter().zip(consts) {
+            let Some(base) = c.base else { continue };
+            let label = m.value_label(base);
+            names.push(label.clone());
+            let dead =
+                unread.contains(&base) || m.def_op(base).is_none() && m.values[base].def == ValueDef::Erased;
+            m.values[v].name = match dead && !m.values[base].name.is_empty() {
+                true => std::mem::replace(&mut m.values[base].name, "".into()),
+                false => m.fresh_name(&format!("{label}.scaled")),
+            };
+            for v in &unread {
+                if *v == base {
+                    m.values[*v].name = "".into();
+                }
+            }
+        }
+        Ok(names)
+    }
+}

@@ -1,0 +1,257 @@
+//! Equality saturation: exact algebra over windows of the graph, and the only place that names `egg`.
+//!
+//! A window of ops becomes an e-graph ([`window`], [`lang`]); rules that state equalities over the reals saturate it
+//! ([`rules`], [`saturate`]); extraction picks the cheapest way to compute what is read from outside ([`extract`]);
+//! the difference goes back into the module ([`apply`]). Nothing is evaluated before the end: constants cost nothing,
+//! and conditions ask for facts about them ([`facts`]).
+//!
+//! Two questions are asked of it. [`place`]: if a value were scaled per channel, could what is upstream absorb that at
+//! no cost at run time, and how free is the scale then? [`fold`]: absorb this scale. Method: E-graphs after Nelson
+//! (1980) and Willsey et al., "egg: fast and extensible equality saturation" (POPL 2021).
+
+mod apply;
+mod extract;
+mod facts;
+mod graph;
+mod lang;
+mod rules;
+mod saturate;
+#[cfg(test)]
+mod tests;
+mod window;
+
+use crate::{PassCx, PassError};
+use dialects::ir::{Elem, Module, Op, Use, Value};
+use dialects::ops::Ops;
+use extract::{Extraction, Extractor};
+use facts::Wish;
+use graph::{Graph, Id};
+use saturate::{Fuel, saturate};
+use std::collections::{BTreeMap, BTreeSet};
+use window::{Scope, Window};
+
+/// Ties that are tried before a scale counts as without a place.
+const ATTEMPTS: usize = 12;
+
+/// Whether and where a scale on a value can be absorbed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// The freedom that the scale has: channels of one class must have one number. `None`: every channel its own.
+    pub freedom: Option<Vec<u32>>,
+    /// The constants that take it: names of weights, biases and norm gains.
+    pub sites: Vec<String>,
+    /// Why it cannot be absorbed; `None` when it can.
+    pub why_not: Option<String>,
+    /// Limits that were hit on the way, with what they leave open.
+    pub limits: Vec<String>,
+}
+
+/// Asks whether a positive scale per channel (the last dim) of `value` can be absorbed upstream of it at no cost at run
+/// time, where the ops `consumers` want `value` scaled and every other reader needs it as it is.
+///
+/// The types in `m` must be inferred.
+pub fn place(m: &Module, ops: &Ops, value: Value, consumers: &[Op]) -> Placement {
+    let not = |why: String| Placement { why_not: Some(why), ..Placement::default() };
+    let label = m.value_label(value);
+    let Some(ty) = m.ty(value).as_tensor().filter(|t| t.elem.is_float()) else {
+        return not(format!("{label:?} is no float tensor"));
+    };
+    let channels = ty.dims.as_ref().and_then(|d| d.last()?.known()).and_then(|n| usize::try_from(n).ok());
+    let Some(channels) = channels.filter(|&n| n > 0) else {
+        return not(format!("the last dim of {label:?} is unknown"));
+    };
+    let Some((op, _)) = m.def_op(value) else { return not(format!("{label:?} is an input")) };
+    let scope = Scope::new(m, m.ops[op].region);
+    let window = scope.upstream(value, consumers);
+
+    let free: Vec<u32> = (0..channels as u32).collect();
+    let mut limits = Vec::new();
+    let mut tried: BTreeSet<Vec<u32>> = BTreeSet::new();
+    // Ties are tried in the order found, the freest first: the fewer channels are tied, the more a scale can do.
+    let mut queue: BTreeMap<(std::cmp::Reverse<usize>, usize), Vec<u32>> = BTreeMap::new();
+    queue.insert((std::cmp::Reverse(channels), 0), free.clone());
+    while let Some((_, classes)) = queue.pop_first() {
+        if tried.len() >= ATTEMPTS {
+            limits
+                .push(format!("{label:?}: {ATTEMPTS} ways of tying channels were tried, more are possible"));
+            break;
+        }
+        if !tried.insert(classes.clone()) {
+            continue;
+        }
+        let attempt = attempt(m, ops, &window, &classes, ty.elem);
+        limits.extend(attempt.limit.map(|l| format!("window of {label:?}: stopped at {l}")));
+        if let Some(sites) = attempt.sites {
+            let freedom = (classes != free).then_some(classes);
+            return Placement { freedom, sites, why_not: None, limits };
+        }
+        for wish in attempt.wishes {
+            let tied = tie(&classes, &wish);
+            let count = distinct(&tied);
+            // One number for all channels is no scale worth searching for.
+            if count > 1 {
+                queue.insert((std::cmp::Reverse(count), tried.len() * 1000 + queue.len()), tied);
+            }
+        }
+    }
+    let mut why: Vec<String> = window.stops.iter().take(3).cloned().collect();
+    if window.limited {
+        limits.push(format!("window of {label:?}: cut at {} ops", window::LARGEST));
+    }
+    if why.is_empty() {
+        why.push("no constant upstream can take it at no cost".into());
+    }
+    Placement { limits, ..not(why.join("; ")) }
+}
+
+struct Attempt {
+    /// The constants that take the scale, when it is absorbed.
+    sites: Option<Vec<String>>,
+    wishes: Vec<Wish>,
+    limit: Option<String>,
+}
+
+/// Asks for one way of tying channels.
+fn attempt(m: &Module, ops: &Ops, window: &Window, classes: &[u32], elem: Elem) -> Attempt {
+    let mut g = Graph::new(m, ops);
+    let mut roots = window.build(&mut g);
+    let plain = roots.clone();
+    let scale = g.scale(classes, elem);
+    roots[0] = g.op("onnx.Mul", &[roots[0], scale]);
+    let limit = saturate(&mut g, Fuel::default());
+    let extractor = Extractor::new(&g);
+    let without = extractor.best(&plain, None);
+    let with = without.as_ref().and_then(|w| extractor.best(&roots, Some(w.cost)));
+    let searched = [&without, &with].into_iter().flatten().all(|x| x.optimal);
+    let sites = with.map(|x| apply::sites(&g, &x));
+    let mut wishes = g.wishes.borrow().clone();
+    wishes.sort();
+    let limit =
+        limit.or_else(|| (!searched && sites.is_none()).then(|| "the steps of the exact search".into()));
+    Attempt { sites, wishes, limit }
+}
+
+/// The partition in which the classes of each set of the wish are one, numbered in order of appearance.
+fn tie(classes: &[u32], wish: &Wish) -> Vec<u32> {
+    let most = classes.iter().copied().max().map_or(0, |c| c as usize + 1);
+    let mut parent: Vec<usize> = (0..most).collect();
+    fn root(parent: &[usize], mut i: usize) -> usize {
+        while parent[i] != i {
+            i = parent[i];
+        }
+        i
+    }
+    for set in &wish.0 {
+        for pair in set.windows(2) {
+            let (a, b) = (root(&parent, pair[0] as usize), root(&parent, pair[1] as usize));
+            parent[a.max(b)] = a.min(b);
+        }
+    }
+    let mut names: BTreeMap<usize, u32> = BTreeMap::new();
+    let name = |c: &u32| {
+        let next = names.len() as u32;
+        *names.entry(root(&parent, *c as usize)).or_insert(next)
+    };
+    classes.iter().map(name).collect()
+}
+
+fn distinct(classes: &[u32]) -> usize {
+    classes.iter().collect::<BTreeSet<_>>().len()
+}
+
+/// What folding did.
+#[derive(Clone, Debug, Default)]
+pub struct FoldOutcome {
+    /// The constants that were computed anew, by the names of those they are made from. Empty: nothing changed.
+    pub sites: Vec<String>,
+    /// The cost of the window before and after, in the units of the cost model.
+    pub cost: (u64, u64),
+    /// Whether the multiplication is gone: what is left costs no more than if it had not been there.
+    pub absorbed: bool,
+    /// Why it ended where it did, when it was not absorbed.
+    pub why_not: Option<String>,
+    /// Limits that were hit.
+    pub limits: Vec<String>,
+}
+
+/// Absorbs the product with a constant that defines `product` into constants upstream, if that makes the model cheaper.
+///
+/// The types in `m` must be inferred.
+pub fn fold_window(m: &mut Module, ops: &Ops, product: Value) -> Result<FoldOutcome, String> {
+    let Some((mul, _)) = m.def_op(product) else { return Err("the value is not computed".into()) };
+    let region = m.ops[mul].region;
+    let (plan, mut outcome) = {
+        let scope = Scope::new(m, region);
+        let uses = m.uses();
+        let readers: Vec<Op> = uses
+            .of(product)
+            .iter()
+            .filter_map(|u| match u {
+                Use::Operand(op, _) => Some(*op),
+                Use::Result(..) => None,
+            })
+            .collect();
+        let window = scope.upstream(product, &readers);
+        let mut g = Graph::new(m, ops);
+        let roots = window.build(&mut g);
+        let factor = scaled_operand(m, mul);
+        let limit = saturate(&mut g, Fuel::default());
+        let before: u64 = {
+            let in_window: BTreeSet<Op> = window.ops.iter().copied().collect();
+            let own =
+                g.values.iter().filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| in_window.contains(&o)));
+            own.map(|(_, id, node)| extract::cost(&g, *id, node)).sum()
+        };
+        let extractor = Extractor::new(&g);
+        let best = extractor.best(&roots, None).ok_or("the window cannot be extracted")?;
+        let bare = factor.and_then(|f| g.values.iter().find(|(v, _, _)| *v == f).map(|(_, id, _)| *id));
+        let bare: Option<Extraction> = bare.and_then(|bare| {
+            let roots: Vec<Id> = [bare].into_iter().chain(roots.iter().skip(1).copied()).collect();
+            extractor.best(&roots, None)
+        });
+        let mut outcome = FoldOutcome { cost: (before, best.cost), ..FoldOutcome::default() };
+        outcome.absorbed = bare.is_some_and(|b| best.cost <= b.cost);
+        outcome
+            .limits
+            .extend(limit.map(|l| format!("window of {:?}: stopped at {l}", m.value_label(product))));
+        if !outcome.absorbed {
+            let why: Vec<String> = window.stops.iter().take(3).cloned().collect();
+            outcome.why_not = Some(why.join("; "));
+        }
+        if best.cost >= before {
+            outcome.cost.1 = before;
+            return Ok(outcome);
+        }
+        (apply::plan(&g, &scope, &window, &roots, &best)?, outcome)
+    };
+    outcome.sites = plan.apply(m, region).map_err(|e| e.to_string())?;
+    Ok(outcome)
+}
+
+/// The factor of a product with a constant that is not the constant.
+fn scaled_operand(m: &Module, mul: Op) -> Option<Value> {
+    let data = &m.ops[mul];
+    let mut operands = data.operands.iter().flatten().copied();
+    match data.name.as_str() {
+        "onnx.Mul" => operands.find(|v| m.const_of(*v).is_none()),
+        "onnx.Div" => operands.next(),
+        _ => None,
+    }
+}
+
+/// Absorbs the `Mul(value, constant)` that a pass inserted. When it cannot be absorbed whole, that is an error, unless the
+/// settings allow it to stay.
+pub fn fold(m: &mut Module, cx: &mut PassCx, mul: Op, pass: &'static str) -> Result<(), PassError> {
+    let at = |m: &Module, why: String| PassError::At { pass, what: m.ops[mul].loc.to_string(), why };
+    let Some(product) = m.ops[mul].result(0) else { return Err(at(m, "the product has no result".into())) };
+    let outcome = fold_window(m, cx.ops, product).map_err(|why| at(m, why))?;
+    for limit in &outcome.limits {
+        cx.report.note(limit.clone());
+    }
+    cx.count(if outcome.absorbed { "fold.absorbed" } else { "fold.left" }, 1);
+    if !outcome.absorbed && !cx.settings.allow_mul {
+        let why = outcome.why_not.unwrap_or_default();
+        return Err(at(m, format!("this is a bug in the pass: a scale was not absorbed: {why}")));
+    }
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! Windows: the ops that a question about a value is asked of.
+//!
+//! A window is the part of the region upstream of a value through which a scale can move, cut where nothing is
+//! gained: behind an op that lets no scale through, behind one that takes the scale whole, and before a value that an
+//! op outside the window reads too, since that value is needed as it is and a scaled copy would be paid on top.
+//! Values that the window does not define are its inputs; what is read of it from outside are its roots.
+
+use super::graph::{Graph, Id};
+use super::rules;
+use dialects::ir::{Module, Op, OpData, Region, Use, Uses, Value};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+
+/// At most this many ops. A window that reaches it is reported.
+pub const LARGEST: usize = 200;
+
+/// A region with what windows need to know of it.
+pub struct Scope<'a> {
+    m: &'a Module,
+    region: Region,
+    uses: Uses,
+    place: HashMap<Op, usize>,
+}
+
+/// The ops, what is read of them, and where it was cut.
+#[derive(Debug, Default)]
+pub struct Window {
+    /// Ops in program order, those on constants included.
+    pub ops: Vec<Op>,
+    /// Values that are read from outside, the seed first.
+    pub roots: Vec<Value>,
+    /// Why it ends where it does.
+    pub stops: Vec<String>,
+    /// Whether it reached [`LARGEST`].
+    pub limited: bool,
+}
+
+/// Whether an op reads nothing of its operand but the shape.
+fn reads_shape_only(data: &OpData) -> bool {
+    data.is("onnx.Shape") || data.is("onnx.Size")
+}
+
+impl<'a> Scope<'a> {
+    /// The scope of `region`.
+    pub fn new(m: &'a Module, region: Region) -> Self {
+        let place = m.regions[region].ops.iter().enumerate().map(|(i, &op)| (op, i)).collect();
+        Scope { m, region, uses: m.uses(), place }
+    }
+
+    /// Where the definition of a value stands: its op's place plus one, zero for what is there from the start.
+    pub fn place_of(&self, v: Value) -> usize {
+        self.m.def_op(v).and_then(|(op, _)| self.place.get(&op)).map_or(0, |p| p + 1)
+    }
+
+    /// The place of the first op that reads a value and is not among `except`.
+    pub fn first_reader(&self, v: Value, except: &HashSet<Op>) -> Option<usize> {
+        let readers = self.uses.of(v).iter().filter_map(|u| match u {
+            Use::Operand(op, _) if !except.contains(op) => Some(self.enclosing(*op)),
+            _ => None,
+        });
+        readers.flatten().min()
+    }
+
+    /// The place of an op of this region, or of the op that holds the nested region it stands in.
+    fn enclosing(&self, mut op: Op) -> Option<usize> {
+        loop {
+            if let Some(&p) = self.place.get(&op) {
+                return Some(p);
+            }
+            op = self.m.regions[self.m.ops[op].region].parent?;
+        }
+    }
+
+    /// Whether a value is computed from constants alone. Quantized weights do not count: they stay as they are.
+    fn constant(&self, v: Value, depth: usize) -> bool {
+        if self.m.const_of(v).is_some() {
+            return true;
+        }
+        let Some((op, _)) = self.m.def_op(v) else { return false };
+        let data = &self.m.ops[op];
+        depth > 0
+            && data.region == self.region
+            && data.name.dialect() == "onnx"
+            && !data.name.op().ends_with("QuantizeLinear")
+            && !data.name.op().ends_with("DequantizeLinear")
+            && data.attrs.regions().next().is_none()
+            && data.operands.iter().flatten().next().is_some()
+            && data.operands.iter().flatten().all(|&o| self.constant(o, depth - 1))
+    }
+
+    /// The window upstream of `seed`, whose users `readers` want it scaled.
+    pub fn upstream(&self, seed: Value, readers: &[Op]) -> Window {
+        let m = self.m;
+        let mut w = Window::default();
+        let mut inside: BTreeMap<usize, Op> = BTreeMap::new();
+        let mut shapes: Vec<Op> = Vec::new();
+        // Latest definitions first: when a value's turn comes, every op of the window that reads it is there.
+        let mut front: BinaryHeap<(usize, Value)> = [(self.place_of(seed), seed)].into();
+        while let Some((place, v)) = front.pop() {
+            let Some((op, _)) = m.def_op(v).filter(|(op, _)| self.place.contains_key(op)) else {
+                w.stops.push(format!("{:?} is an input", m.value_label(v)));
+                continue;
+            };
+            if inside.contains_key(&place) {
+                continue;
+            }
+            let ours = |o: &Op| inside.values().any(|i| i == o) || (v == seed && readers.contains(o));
+            let other = self.uses.of(v).iter().find_map(|u| match u {
+                Use::Operand(o, _) if ours(o) || reads_shape_only(&m.ops[*o]) => None,
+                Use::Operand(o, _) => {
+                    Some(format!("{} {:?} reads it too", m.ops[*o].name.op(), &*m.ops[*o].loc))
+                }
+                Use::Result(..) => Some("it is an output of the graph".to_string()),
+            });
+            if let Some(other) = other {
+                w.stops.push(format!("{:?} is needed as it is: {other}", m.value_label(v)));
+                continue;
+            }
+            let data = &m.ops[op];
+            let onnx = data.name.dialect() == "onnx";
+            let mut through =
+                if onnx { rules::scale_operands(data.name.op(), data.operands.len()) } else { Vec::new() };
+            if through.is_empty() && !(onnx && rules::takes_scale(data.name.op())) {
+                w.stops.push(format!("{} {:?} lets no scale through", data.name.op(), &*data.loc));
+                continue;
+            }
+            if inside.len() >= LARGEST {
+                w.limited = true;
+                continue;
+            }
+            inside.insert(place, op);
+            for u in self.uses.of(v) {
+                if let Use::Operand(o, _) = u
+                    && reads_shape_only(&m.ops[*o])
+                    && m.ops[*o].region == self.region
+                {
+                    shapes.push(*o);
+                }
+            }
+            if data.is("onnx.MatMul") {
+                // A scale per channel goes to the right operand; a constant there takes it.
+                through = vec![1];
+            }
+            for v in through.into_iter().filter_map(|i| data.operand(i)) {
+                if !self.constant(v, 8) {
+                    front.push((self.place_of(v), v));
+                }
+            }
+        }
+        inside.extend(shapes.into_iter().map(|op| (self.place[&op] + 1, op)));
+        // Operands computed from constants join with the ops that compute them.
+        let mut todo: Vec<Value> =
+            inside.values().flat_map(|&o| m.ops[o].operands.iter().flatten().copied()).collect();
+        while let Some(v) = todo.pop() {
+            if let Some((op, _)) = m.def_op(v)
+                && m.const_of(v).is_none()
+                && self.constant(v, 8)
+                && inside.insert(self.place_of(v), op).is_none()
+            {
+                todo.extend(m.ops[op].operands.iter().flatten());
+            }
+        }
+        w.ops = inside.into_values().collect();
+        w.roots = self.roots(seed, &w.ops);
+        w
+    }
+
+    fn roots(&self, seed: Value, ops: &[Op]) -> Vec<Value> {
+        let inside: HashSet<Op> = ops.iter().copied().collect();
+        let results = ops.iter().flat_map(|&o| self.m.ops[o].results.iter().flatten().copied());
+        let read = |v: &Value| {
+            self.uses.of(*v).iter().any(|u| !matches!(u, Use::Operand(o, _) if inside.contains(o)))
+        };
+        let mut roots = vec![seed];
+        roots.extend(results.filter(|v| *v != seed && read(v)));
+        roots
+    }
+}
+
+impl Window {
+    /// Adds the window to an empty graph. Returns the class of each root.
+    pub fn build(&self, g: &mut Graph) -> Vec<Id> {
+        let m = g.world().m;
+        let mut classes: HashMap<Value, Id> = HashMap::new();
+        for &op in &self.ops {
+            let mut children = Vec::new();
+            for operand in &m.ops[op].operands {
+                children.push(match *operand {
+                    None => g.absent(),
+                    Some(v) => *classes.entry(v).or_insert_with(|| g.leaf(v)),
+                });
+            }
+            let before = g.values.len();
+            g.op_of(op, children);
+            classes.extend(g.values[before..].iter().map(|(v, id, _)| (*v, *id)));
+        }
+        self.roots.iter().map(|&v| *classes.entry(v).or_insert_with(|| g.leaf(v))).collect()
+    }
+}
