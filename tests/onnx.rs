@@ -418,7 +418,11 @@ fn mutations_never_panic() {
             }
             if let Ok(imported) = import::from_bytes(bytes.into()) {
                 read += 1;
-                export::to_bytes(&imported.module).unwrap();
+                let written = export::to_bytes(&imported.module).unwrap();
+                if round % 10 == 0 {
+                    let again = import::from_bytes(written.clone().into()).unwrap();
+                    assert!(export::to_bytes(&again.module).unwrap() == written, "round {round}");
+                }
             }
         }
         // Most of the file is weights, so many mutations leave a model; and many do not.

@@ -208,6 +208,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
+    || PassDef::of::<raise_opset::RaiseOpset>("raise-opset"),
 ];
 
 /// Which ops a quantizing pass may touch: `only` and `skip`, patterns with `*` matched against the node's name, the
