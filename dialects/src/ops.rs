@@ -32,7 +32,8 @@ impl OpError {
 pub struct Fact {
     /// The type.
     pub ty: Type,
-    /// Small integer contents, row-major, in symbols where they are not numbers.
+    /// Small integer contents, row-major, in symbols where they are not numbers. A bool is 0 or 1. A symbol is
+    /// a size, so it is never negative.
     pub sym: Option<Arc<[Dim]>>,
     /// The constant that the value is.
     pub konst: Option<ConstId>,
@@ -51,7 +52,9 @@ impl Fact {
     /// What is known of a constant: its type, and its contents when they are few integers.
     pub fn of_const(id: ConstId, consts: &ConstPool) -> Fact {
         let c = &consts[id];
-        let few = (c.elem == Elem::I64 || c.elem == Elem::I32) && c.dims.len() <= 1 && c.count() <= MAX_SYM;
+        let followed = matches!(c.elem, Elem::I64 | Elem::I32 | Elem::Bool);
+        let few =
+            followed && c.dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).is_some_and(|n| n <= MAX_SYM);
         let sym = few.then(|| Tensor::from_const(c).ok()).flatten();
         let sym = sym.and_then(|t| Some(t.to_i64().ok()?.iter().map(|&n| Dim::Known(n)).collect()));
         Fact { ty: c.ty(), sym, konst: Some(id) }

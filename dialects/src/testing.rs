@@ -146,7 +146,8 @@ fn check_one(case: &Case) -> Result<(), String> {
             let ty = inferred.get(i).map_or(Type::Unknown, |f| f.ty.clone());
             let want = Type::of_shape(want.elem(), want.shape());
             // Sizes that depend on floats, or on more contents than inference follows, stay unknown.
-            let by_value = ["Range", "NonZero", "Unique", "Compress", "Resize"].contains(&case.op.op());
+            let by_value =
+                ["Range", "OneHot", "NonZero", "Unique", "Compress", "Resize"].contains(&case.op.op());
             if ty.unify(&want).is_none() || (view == "full" && ty != want && !by_value) {
                 return Err(fail(format!("from {view} types result {i} is inferred {ty}, expected {want}")));
             }

@@ -1,27 +1,41 @@
 //! The interpreter: a loop over [`OpDef::eval`], with every buffer freed at its last use.
+//!
+//! Constants are decoded when first read. Those that fit the budget (smallest first) stay decoded until the prepared
+//! run is dropped; a larger one is decoded for each op that reads it and freed after it. So a prepared run holds at
+//! most the budget, one constant more, and the live activations.
 
-use super::{Module, Op, Region, Value, graph};
+use super::{ConstId, Module, Op, Region, Value, graph};
 use crate::exec::{ExecError, Executor, Prepared, Sink};
 use crate::ops::{EvalCx, Evaluated, Item, OpDef, OpError, Ops};
 use crate::tensor::Tensor;
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::OnceLock;
+
+/// Bytes of decoded constants that a prepared run keeps, unless told otherwise.
+const CONST_BUDGET: u64 = 1 << 30;
 
 /// Runs modules op by op.
 pub struct Interpreter {
     ops: Ops,
     exact: bool,
+    const_budget: u64,
 }
 
 impl Interpreter {
     /// An interpreter of these ops.
     pub fn new(ops: Ops) -> Interpreter {
-        Interpreter { ops, exact: false }
+        Interpreter { ops, exact: false, const_budget: CONST_BUDGET }
     }
 
     /// The same, leaving out the roundings that a runtime may add (see [`EvalCx::exact`]) if `exact`.
     pub fn exact(self, exact: bool) -> Interpreter {
         Interpreter { exact, ..self }
+    }
+
+    /// Keeps at most `bytes` of decoded constants between the ops, and the runs, that read them.
+    pub fn const_budget(self, bytes: u64) -> Interpreter {
+        Interpreter { const_budget: bytes, ..self }
     }
 }
 
@@ -44,13 +58,39 @@ struct Ready<'m> {
     plan: Plan,
     /// Plans of nested regions.
     nested: HashMap<Region, Plan>,
+    /// Constants that stay decoded once they have been read.
+    kept: HashMap<ConstId, OnceLock<Tensor>>,
 }
 
 impl Executor for Interpreter {
     fn prepare<'m>(&'m self, m: &'m Module, wanted: &[Value]) -> Result<Box<dyn Prepared + 'm>, ExecError> {
         let mut nested = HashMap::new();
         let plan = plan(m, &self.ops, m.top, wanted, &mut nested)?;
-        Ok(Box::new(Ready { m, exact: self.exact, plan, nested }))
+        let kept = self.kept(m, std::iter::once(&plan).chain(nested.values()));
+        Ok(Box::new(Ready { m, exact: self.exact, plan, nested, kept }))
+    }
+}
+
+impl Interpreter {
+    /// Of the constants that the plans read, the smallest ones that fit the budget together.
+    fn kept<'p>(
+        &self,
+        m: &Module,
+        plans: impl Iterator<Item = &'p Plan>,
+    ) -> HashMap<ConstId, OnceLock<Tensor>> {
+        let operands = plans.flat_map(|p| &p.steps).flat_map(|s| m.ops[s.op].operands.iter().flatten());
+        let read: BTreeSet<ConstId> = operands.filter_map(|&v| m.const_of(v)).collect();
+        // Decoded, an element takes a byte at least.
+        let mut sized: Vec<(u64, ConstId)> =
+            read.into_iter().map(|c| (m.consts[c].byte_len().max(m.consts[c].count()), c)).collect();
+        sized.sort_unstable();
+        let mut left = self.const_budget;
+        let fits = sized.into_iter().take_while(|(n, _)| {
+            let fits = *n <= left;
+            left = left.saturating_sub(*n);
+            fits
+        });
+        fits.map(|(_, c)| (c, OnceLock::new())).collect()
     }
 }
 
@@ -68,6 +108,10 @@ fn plan(
     for &op in m.regions[region].ops.iter().rev() {
         let data = &m.ops[op];
         if !data.results.iter().flatten().any(|v| needed.contains(v)) {
+            continue;
+        }
+        // A Constant is read where it is used, as an initializer is.
+        if data.result(0).is_some_and(|v| m.const_of(v).is_some()) {
             continue;
         }
         let unknown = || ExecError::UnknownOp { op: data.name.clone(), node: data.loc.clone() };
@@ -129,8 +173,8 @@ impl Ready<'_> {
 
     /// Wanted values that no op computes: inputs and constants.
     fn emit_given(&self, env: &Env, sink: &mut Sink) -> Result<(), ExecError> {
-        let mut given: Vec<Value> =
-            self.plan.wanted.iter().copied().filter(|&v| self.m.def_op(v).is_none()).collect();
+        let given = |v: &Value| self.m.def_op(*v).is_none() || self.m.const_of(*v).is_some();
+        let mut given: Vec<Value> = self.plan.wanted.iter().copied().filter(given).collect();
         given.sort();
         for v in given {
             sink(v, &self.lookup(v, env)?)?;
@@ -143,14 +187,17 @@ impl Ready<'_> {
         if let Some(item) = env.get(&v) {
             return Ok(item.clone());
         }
-        let name = self.m.value_label(v);
-        match self.m.const_of(v) {
-            Some(c) => match Tensor::from_const(&self.m.consts[c]) {
-                Ok(t) => Ok(t.into()),
-                Err(source) => Err(ExecError::Const { name, source }),
-            },
-            None => Err(ExecError::Sink(format!("the value {name:?} is used before it is computed"))),
+        let Some(c) = self.m.const_of(v) else {
+            let name = self.m.value_label(v);
+            return Err(ExecError::Sink(format!("the value {name:?} is used before it is computed")));
+        };
+        let kept = self.kept.get(&c);
+        if let Some(t) = kept.and_then(OnceLock::get) {
+            return Ok(t.clone().into());
         }
+        let decoded = Tensor::from_const(&self.m.consts[c]);
+        let t = decoded.map_err(|source| ExecError::Const { name: self.m.value_label(v), source })?;
+        Ok(kept.map_or(t.clone(), |slot| slot.get_or_init(|| t).clone()).into())
     }
 
     fn steps(&self, plan: &Plan, env: &RefCell<Env>, mut sink: Option<&mut Sink>) -> Result<(), ExecError> {

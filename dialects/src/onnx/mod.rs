@@ -8,16 +8,20 @@ pub mod cast;
 mod channel_norm;
 mod compare;
 mod constant;
+mod control;
 mod conv;
 mod gather;
 mod matmul;
 mod movement;
 mod normalization;
+mod order;
+mod pad;
 mod pool;
 mod recurrent;
 mod reduce;
 mod reshape;
 mod rotary;
+mod scatter;
 mod select;
 mod softmax;
 mod unary;
@@ -32,16 +36,20 @@ pub const FAMILIES: &[&[OpDef]] = &[
     channel_norm::OPS,
     compare::OPS,
     constant::OPS,
+    control::OPS,
     conv::OPS,
     gather::OPS,
     matmul::OPS,
     movement::OPS,
     normalization::OPS,
+    order::OPS,
+    pad::OPS,
     pool::OPS,
     recurrent::OPS,
     reduce::OPS,
     reshape::OPS,
     rotary::OPS,
+    scatter::OPS,
     select::OPS,
     softmax::OPS,
     unary::OPS,
