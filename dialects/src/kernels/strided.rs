@@ -23,6 +23,11 @@ pub fn count(shape: &[usize]) -> Result<usize, OpError> {
 
 /// A vector of `len` elements filled by `f(start, chunk)`, in fixed chunks on all threads when it is long.
 pub fn build<T: Clone + Default + Send>(len: usize, f: impl Fn(usize, &mut [T]) + Sync) -> Vec<T> {
+    build_by(len, &f)
+}
+
+/// [`build`], compiled once for each element type rather than for each op: the difference is minutes of build time.
+fn build_by<T: Clone + Default + Send>(len: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) -> Vec<T> {
     let mut out = vec![T::default(); len];
     if len < PARALLEL {
         f(0, &mut out);
@@ -113,6 +118,11 @@ impl<const K: usize> Walk<K> {
     /// Calls `f(at, n, offsets)` for the pieces of rows that make up the output elements `start .. start + len`:
     /// `n` elements, `at` counted from `start`, whose operands begin at `offsets`.
     pub fn rows(&self, start: usize, len: usize, mut f: impl FnMut(usize, usize, [usize; K])) {
+        self.rows_by(start, len, &mut f);
+    }
+
+    /// [`Walk::rows`], compiled once rather than for each op.
+    fn rows_by(&self, start: usize, len: usize, f: &mut dyn FnMut(usize, usize, [usize; K])) {
         if len == 0 {
             return;
         }
