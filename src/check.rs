@@ -134,7 +134,7 @@ fn is_constant(m: &Module, v: Value) -> bool {
 }
 
 /// The worst relative error over all outputs, and which output has it.
-fn error(a: &[Item], b: &[Item]) -> (f64, usize) {
+pub(crate) fn error(a: &[Item], b: &[Item]) -> (f64, usize) {
     let each = a.iter().zip(b).enumerate().map(|(i, (a, b))| (item_error(a, b), i));
     // A NaN counts as the worst.
     each.max_by(|x, y| x.0.total_cmp(&y.0)).unwrap_or((0.0, 0))

@@ -8,7 +8,7 @@ use crate::model;
 use crate::pipeline::{Pipeline, nearest};
 use crate::qir;
 use crate::{Registry, term::Term};
-use dialects::ir::{Diagnostic, Module, infer};
+use dialects::ir::{Diagnostic, Module, infer, verify};
 use passes::{Changed, PassCx, PassError, Report, Settings};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -125,7 +125,9 @@ pub fn run(
 
 /// Types anew, and everything that is wrong with the module.
 pub fn verify(m: &mut Module, registry: &Registry) -> Vec<Diagnostic> {
-    infer::infer(m, registry.ops())
+    // What inference contradicts, the verifier finds too.
+    infer::infer(m, registry.ops());
+    verify::verify(m, registry.ops())
 }
 
 /// Refuses names of passes that the pipeline does not have.

@@ -19,6 +19,7 @@ pub mod env;
 pub mod error;
 pub mod eval;
 pub mod files;
+pub mod filetest;
 pub mod model;
 pub mod onnx;
 pub mod pipeline;

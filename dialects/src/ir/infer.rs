@@ -3,6 +3,7 @@
 //! Inference refines what the file declared and never refuses: an unknown op keeps its declared types, and a
 //! size that cannot be expressed is unknown. What contradicts is collected.
 
+use super::verify::arity;
 use super::{Module, Op, OpName, Region, Symbol, Type, Value};
 use crate::ops::{Fact, InferCx, Inferred, OpError, Ops};
 use std::cell::RefCell;
@@ -46,16 +47,25 @@ impl fmt::Display for Diagnostic {
 
 /// Infers the whole module and stores what is found in its values. Returns what contradicts.
 pub fn infer(m: &mut Module, ops: &Ops) -> Vec<Diagnostic> {
-    let walk = Walk { m, ops, facts: RefCell::default(), found: RefCell::default() };
-    walk.region(m.top);
-    // A function body is generic: it is inferred where it is called, with the types of the call.
-    let Walk { facts, found, .. } = walk;
-    for (v, fact) in facts.into_inner() {
+    let (facts, found) = walk(m, ops, false);
+    for (v, fact) in facts {
         let data = &mut m.values[v];
         data.ty = fact.ty;
         data.sym = fact.sym;
     }
-    found.into_inner()
+    found
+}
+
+/// What contradicts in a module, and what the verifiers of its ops find, without changing it.
+pub fn check(m: &Module, ops: &Ops) -> Vec<Diagnostic> {
+    walk(m, ops, true).1
+}
+
+fn walk(m: &Module, ops: &Ops, verify: bool) -> (HashMap<Value, Fact>, Vec<Diagnostic>) {
+    let walk = Walk { m, ops, verify, facts: RefCell::default(), found: RefCell::default() };
+    // A function body is generic: it is inferred where it is called, with the types of the call.
+    walk.region(m.top);
+    (walk.facts.into_inner(), walk.found.into_inner())
 }
 
 /// Infers one op from facts of its operands, without a module around it: what the e-graph's analysis asks.
@@ -67,6 +77,8 @@ pub fn infer_op(ops: &Ops, cx: &InferCx) -> Inferred {
 struct Walk<'a> {
     m: &'a Module,
     ops: &'a Ops,
+    /// Whether the ops' own verifiers run too.
+    verify: bool,
     facts: RefCell<HashMap<Value, Fact>>,
     found: RefCell<Vec<Diagnostic>>,
 }
@@ -103,6 +115,10 @@ impl Walk<'_> {
             }
             return;
         };
+        // Inference may count on the number of operands: the verifier reports it.
+        if arity(def, data).is_some() {
+            return;
+        }
         let inputs: Vec<Option<Fact>> = data.operands.iter().map(|v| v.map(|v| self.fact(v))).collect();
         let nested = |region: Region, args: &[Fact]| -> Inferred {
             let r = &self.m.regions[region];
@@ -121,6 +137,11 @@ impl Walk<'_> {
             consts: &self.m.consts,
             region: &nested,
         };
+        if self.verify
+            && let Err(e) = (def.verify)(&cx)
+        {
+            self.found.borrow_mut().push(Diagnostic::at(self.m, op, e.to_string()));
+        }
         match (def.infer)(&cx) {
             Ok(facts) => {
                 for (v, fact) in data.results.iter().zip(facts) {

@@ -11,6 +11,7 @@ pub mod module;
 pub mod parse;
 pub mod print;
 pub mod types;
+pub mod verify;
 
 pub use attrs::{Attr, Attrs};
 pub use consts::{ConstData, ConstError, ConstId, ConstPool, Encoding, TensorSource};
