@@ -121,6 +121,14 @@ fn floats<T: Scalar>(a: (&[T], &[usize]), b: (&[T], &[usize])) -> Result<(Vec<us
     batched(a, b, |a, b, c| gemm::matmul(a, b, c))
 }
 
+/// `numpy.matmul` of f64 tensors.
+pub(crate) fn product_f64(a: &Tensor, b: &Tensor) -> Result<(Vec<usize>, Vec<f64>), OpError> {
+    match (a.data(), b.data()) {
+        (Data::F64(x), Data::F64(y)) => floats((x, a.shape()), (y, b.shape())),
+        _ => Err(OpError::invalid("a product of other types than f64")),
+    }
+}
+
 fn eval_matmul(cx: &EvalCx) -> Evaluated {
     let (a, b) = (cx.input(0)?, cx.input(1)?);
     let (x, y) = (a.shape(), b.shape());
