@@ -2,7 +2,7 @@
 //!
 //! Products are computed in double precision, where every sum of 8-bit products is exact.
 
-use crate::ir::{Dim, Elem, Type};
+use crate::ir::{Elem, Type};
 use crate::kernels::strided;
 use crate::onnx::matmul;
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
@@ -82,7 +82,7 @@ fn spread(p: &[f64], p_shape: &[usize], shape: &[usize], along: Along) -> Result
     };
     let matrix = rows * cols;
     let batches = if p.len() == 1 { 1 } else { p.len().checked_div(wanted).unwrap_or(0) };
-    let total = shape.iter().product::<usize>();
+    let total = strided::count(shape)?;
     if p.len() != 1 && (batches * wanted != p.len() || (batches != 1 && batches * matrix != total)) {
         return Err(wrong());
     }
