@@ -363,7 +363,109 @@ def recurrent():
             one("activations", activations=["LeakyRelu"], activation_alpha=[0.2])
 
 
-FAMILIES = [matmul, softmax, normalization, dequantize, matmul_nbits, attention, rotary, conv, pool, channel_norm, recurrent]
+def tensor(kind, array):
+    """A TensorProto of a type numpy does not have, from integers or floats."""
+    return h.make_tensor("x", kind, array.shape, array.flatten().tolist())
+
+
+def qdq():
+    integers = {T.UINT8: (0, 255, 13), T.INT8: (-128, 127, 13), T.UINT16: (0, 65535, 21), T.INT16: (-32768, 32767, 21),
+                T.UINT4: (0, 15, 21), T.INT4: (-8, 7, 21), T.UINT2: (0, 3, 25), T.INT2: (-2, 1, 25)}
+    positive = lambda *shape: (rng.random(shape) + 0.5).astype("f4") * np.float32(0.1)
+    forms = [("scalar", (), {}), ("axis1", (3,), {}), ("axis0", (2,), {"axis": 0}), ("axis_last", (10,), {"axis": -1}),
+             ("block_last", (2, 3, 3), {"axis": 2, "block_size": 4}), ("block_middle", (2, 2, 10), {"axis": 1, "block_size": 2})]
+    for kind, (low, high, opset) in integers.items():
+        for label, shape, attrs in forms:
+            if "block_size" in attrs:
+                opset = max(opset, 21)
+            scale = positive(*shape)
+            codes = rng.integers(low, high + 1, (2, 3, 10))
+            zero = rng.integers(low, high + 1, shape)
+            for z in [zero, None]:
+                zp = None if z is None else tensor(kind, np.asarray(z))
+                params = [scale] + ([] if z is None else [zp])
+                # The definition: blocks are repeated along their axis, vectors stand along theirs.
+                def spread(p):
+                    if "block_size" in attrs:
+                        return p.repeat(attrs["block_size"], attrs["axis"]).take(range(codes.shape[attrs["axis"]]), attrs["axis"])
+                    dims = [1, 1, 1]
+                    if p.ndim:
+                        dims[attrs.get("axis", 1)] = -1
+                    return p.reshape(dims)
+                zs = spread(np.zeros(shape, "i8") if z is None else np.asarray(z))
+                name = f"{NAMES[kind]}_{label}_{'zero' if z is not None else 'plain'}"
+                x = (codes - zs).astype("f4") * spread(scale)
+                case(name, "DequantizeLinear", [tensor(kind, codes), *params], opset=opset, want=[x], rtol=0, atol=0, **attrs)
+                x = f32(2, 3, 10) * (4 if high < 300 else 1000)
+                want = np.clip(np.rint(x / spread(scale)) + zs, low, high)
+                if z is None and (opset < 21):
+                    if kind == T.UINT8:
+                        case(name, "QuantizeLinear", [x, *params], opset=opset, want=[tensor(kind, want.astype("i8"))], rtol=0, atol=0, **attrs)
+                    continue
+                extra = {"output_dtype": int(kind)} if z is None else {}
+                case(name, "QuantizeLinear", [x, *params], opset=opset, want=[tensor(kind, want.astype("i8"))], rtol=0, atol=0, **extra, **attrs)
+    # What ONNX Runtime makes of some of them.
+    for kind in [T.UINT8, T.INT8, T.INT4, T.UINT4, T.INT16]:
+        low, high, _ = integers[kind]
+        codes, zero = rng.integers(low, high + 1, (4, 12)), rng.integers(low, high + 1, (4, 3))
+        params = [positive(4, 3), tensor(kind, zero)]
+        case("ort", "DequantizeLinear", [tensor(kind, codes), *params], rtol=1e-6, atol=0, axis=1, block_size=4)
+        if kind in [T.UINT8, T.INT8]:
+            case("ort", "QuantizeLinear", [f32(4, 12) * 5, *params], rtol=0, atol=0, axis=1, block_size=4)
+    case("i32", "DequantizeLinear", [rng.integers(-2**31, 2**31, (3, 4)).astype("i4"), positive(4)], opset=13, rtol=1e-6, atol=0)
+    case("half_scale", "DequantizeLinear", [rng.integers(-128, 128, (3, 4)).astype("i1"), positive(4).astype("f2")], opset=21,
+         rtol=1e-3, atol=0)
+    for kind in [T.FLOAT8E4M3FN, T.FLOAT8E5M2, T.FLOAT8E4M3FNUZ, T.FLOAT8E5M2FNUZ]:
+        x = tensor(kind, f32(3, 4) * 10)
+        case(NAMES[kind], "DequantizeLinear", [x, positive()], opset=19)
+        zero = tensor(kind, np.zeros(()))
+        kinds = {T.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, T.FLOAT8E5M2: ml_dtypes.float8_e5m2,
+                 T.FLOAT8E4M3FNUZ: ml_dtypes.float8_e4m3fnuz, T.FLOAT8E5M2FNUZ: ml_dtypes.float8_e5m2fnuz}
+        x, scale = f32(3, 4) * 4, positive()
+        case(NAMES[kind], "QuantizeLinear", [x, scale, zero], opset=19, rtol=0, atol=0, want=[(x / scale).astype(kinds[kind])])
+
+
+def integer():
+    case("range", "DynamicQuantizeLinear", [f32(3, 7) * 3], outputs=3)
+    case("positive", "DynamicQuantizeLinear", [rng.random((3, 7)).astype("f4") + 2], outputs=3)
+    case("negative", "DynamicQuantizeLinear", [-rng.random((3, 7)).astype("f4") - 2], outputs=3)
+    case("zeros", "DynamicQuantizeLinear", [np.zeros((2, 3), "f4")], outputs=3)
+    u8 = lambda *shape: rng.integers(0, 256, shape).astype("u1")
+    i8 = lambda *shape: rng.integers(-128, 128, shape).astype("i1")
+    exact = dict(rtol=0, atol=0)
+    case("plain", "MatMulInteger", [u8(3, 4), u8(4, 5)], **exact)
+    case("zeros", "MatMulInteger", [u8(2, 3, 40), i8(40, 5), u8(), i8()], **exact)
+    case("columns", "MatMulInteger", [u8(2, 3, 4), i8(4, 5), u8(), i8(5)], **exact)
+    a, z, b = u8(3, 4).astype("i4"), u8(3).astype("i4"), i8(4, 5).astype("i4")
+    case("rows", "MatMulInteger", [a.astype("u1"), b.astype("i1"), z.astype("u1")], want=[(a - z[:, None]) @ b], **exact)
+    a, b, zb = u8(2, 3, 4).astype("i4"), i8(2, 4, 5).astype("i4"), i8(2, 1, 5).astype("i4")
+    case("batches", "MatMulInteger", [a.astype("u1"), b.astype("i1"), None, zb.astype("i1")], want=[a @ (b - zb)], **exact)
+    s = lambda *shape: (rng.random(shape) + 0.5).astype("f4") * np.float32(0.1)
+    case("scalars", "QLinearMatMul", [u8(2, 3, 8), s(), u8(), u8(8, 5), s(), u8(), s() * np.float32(80), u8()], **exact)
+    case("signed", "QLinearMatMul", [i8(3, 8), s(), i8(), i8(8, 5), s(), i8(), s() * np.float32(80), i8()], **exact)
+    case("columns", "QLinearMatMul", [u8(3, 8), s(), u8(), i8(8, 5), s(5), i8(5), s() * np.float32(80), u8()], **exact)
+
+
+def gather_block():
+    indices = np.array([[0, 4, -1], [2, 2, -5]])
+    for bits in [2, 4, 8]:
+        for k in [32, 64]:
+            codes, scales, zeros, _ = packed_weight(5, k, 16, bits, bits)
+            for z in [None, pack(zeros, bits)]:
+                case(f"{bits}bit_k{k}_{'zero' if z is not None else 'plain'}", "GatherBlockQuantized",
+                     [codes.reshape(5, -1), indices, scales] + ([] if z is None else [z]), opset=1, domain="com.microsoft",
+                     bits=bits, block_size=16, gather_axis=0, quantize_axis=1)
+    for kind, low in [(T.UINT4, 0), (T.INT4, -8)]:
+        codes, zeros = rng.integers(low, low + 16, (5, 3, 32)), rng.integers(low, low + 16, (5, 3, 2))
+        scales = (rng.random((5, 3, 2)) + 0.5).astype("f4")
+        for z in [[], [tensor(kind, zeros)]]:
+            for gather in [0, 1]:
+                case(f"{NAMES[kind]}_axis{gather}_{len(z)}", "GatherBlockQuantized",
+                     [tensor(kind, codes), np.array([[2, -3], [0, 1]]), scales, *z], opset=1,
+                     domain="com.microsoft", block_size=16, gather_axis=gather, quantize_axis=2)
+
+
+FAMILIES = [matmul, softmax, normalization, dequantize, matmul_nbits, attention, rotary, conv, pool, channel_norm, recurrent, qdq, integer, gather_block]
 
 if __name__ == "__main__":
     for family in FAMILIES:

@@ -7,7 +7,7 @@
 use super::softmax::task_rows;
 use crate::ir::{Dim, Type};
 use crate::kernels::gemm::{self, Mat};
-use crate::kernels::row;
+use crate::kernels::{row, strided};
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
@@ -102,7 +102,7 @@ impl<'a> Heads<'a> {
             return Ok(self);
         }
         let (positions, size) = (old + self.positions, self.size);
-        let mut data = vec![0f32; self.batch * self.heads * positions * size];
+        let mut data = vec![0f32; strided::count(&[self.batch, self.heads, positions, size])?];
         if size > 0 && positions > 0 {
             for (i, data) in data.chunks_exact_mut(positions * size).enumerate() {
                 let (b, h) = (i / self.heads, i % self.heads);
@@ -227,8 +227,9 @@ fn eval(cx: &EvalCx) -> Evaluated {
     let softcap = cx.float_or("softcap", 0.0);
     let mode = cx.int_or("qk_matmul_output_mode", 0);
     let want_scores = cx.outputs > 3;
-    let mut scores_out = vec![0f32; if want_scores { q.batch * q.heads * rows * keys } else { 0 }];
-    let mut y = vec![0f32; q.batch * q.heads * rows * v.size];
+    let all_scores = if want_scores { strided::count(&[q.batch, q.heads, rows, keys])? } else { 0 };
+    let mut scores_out = vec![0f32; all_scores];
+    let mut y = vec![0f32; strided::count(&[q.batch, q.heads, rows, v.size])?];
     let blocks = rows.div_ceil(ROWS);
     // One entry per block of query rows of a head: its part of the results.
     let mut tasks: Vec<(usize, &mut [f32], &mut [f32])> = Vec::new();

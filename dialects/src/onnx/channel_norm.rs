@@ -1,7 +1,7 @@
 //! Normalization per channel: BatchNormalization with given statistics, InstanceNormalization, GroupNormalization.
 //! Computed in single precision. Channels are dim 1.
 
-use super::softmax::same_type;
+use super::util;
 use crate::kernels::row;
 use crate::ops::{EvalCx, Evaluated, OpDef, OpError};
 use crate::tensor::Tensor;
@@ -13,21 +13,21 @@ pub const OPS: &[OpDef] = &[
         name: "onnx.BatchNormalization",
         operands: (5, 5),
         results: (1, 5),
-        infer: same_type,
+        infer: util::same_type,
         eval: batch,
         ..OpDef::NEW
     },
     OpDef {
         name: "onnx.InstanceNormalization",
         operands: (3, 3),
-        infer: same_type,
+        infer: util::same_type,
         eval: |cx| grouped(cx, None),
         ..OpDef::NEW
     },
     OpDef {
         name: "onnx.GroupNormalization",
         operands: (3, 3),
-        infer: same_type,
+        infer: util::same_type,
         eval: |cx| grouped(cx, cx.attrs.int("num_groups")),
         ..OpDef::NEW
     },

@@ -3,6 +3,7 @@
 use super::window::{Sliding, Window, unflatten};
 use crate::ir::{Dim, Type};
 use crate::kernels::gemm::{self, Mat};
+use crate::kernels::strided;
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
@@ -53,8 +54,7 @@ fn eval(cx: &EvalCx) -> Evaluated {
         return Err(OpError::invalid(format!("the bias does not have {filters} elements")));
     }
     let shape: Vec<usize> = [batch, filters].into_iter().chain(sliding.output.iter().copied()).collect();
-    let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-    let count = count.ok_or_else(|| OpError::invalid(format!("a result of shape {shape:?} is too large")))?;
+    let count = strided::count(&shape)?;
     let (values, weights) = (x.to_f32()?, w.to_f32()?);
     let (cells, taps) = (input.iter().product::<usize>(), kernel.iter().product::<usize>());
     let (positions, per_group) = (sliding.output.iter().product::<usize>(), filters / groups);

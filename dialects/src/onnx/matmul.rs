@@ -2,8 +2,10 @@
 //!
 //! Source: the ONNX operator specification; MatMul follows `numpy.matmul`.
 
-use crate::ir::Dim;
+use super::util;
+use crate::ir::{Attrs, Dim, Type};
 use crate::kernels::gemm::{self, Mat, Scalar};
+use crate::kernels::strided;
 use crate::ops::{EvalCx, Evaluated, Fact, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::{Data, Tensor, TensorError};
 use rayon::prelude::*;
@@ -28,30 +30,16 @@ pub(crate) fn matmul_dims(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, OpError> {
         return Err(OpError::invalid(format!("the inner dims of a product differ: {a_last} and {b_rows}")));
     }
     let (a_rows, a_batch) = a_lead.split_last().map_or((None, a_lead), |(m, batch)| (Some(m), batch));
-    let mut dims = broadcast(a_batch, b_batch)?;
+    let mut dims = util::broadcast_dims(&[a_batch, b_batch])?;
     dims.extend(a_rows.cloned());
     dims.extend(b_cols.cloned());
     Ok(dims)
 }
 
-/// The dims that two lists of dims broadcast to.
-fn broadcast(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, OpError> {
-    let rank = a.len().max(b.len());
-    let at = |d: &[Dim], i: usize| (i + d.len()).checked_sub(rank).map_or(Dim::Known(1), |i| d[i].clone());
-    let one = |i| {
-        let (x, y) = (at(a, i), at(b, i));
-        x.broadcast(&y).ok_or_else(|| OpError::invalid(format!("the dims {x} and {y} do not broadcast")))
-    };
-    (0..rank).map(one).collect()
-}
-
 fn infer_matmul(cx: &InferCx) -> Inferred {
     let Some(elem) = cx.elem(0).or(cx.elem(1)) else { return Ok(Vec::new()) };
-    let ty = match (cx.dims(0), cx.dims(1)) {
-        (Some(a), Some(b)) => crate::ir::Type::tensor(elem, matmul_dims(a, b)?),
-        _ => crate::ir::Type::unranked(elem),
-    };
-    Ok(vec![ty.into()])
+    let dims = cx.dims(0).zip(cx.dims(1)).map(|(a, b)| matmul_dims(a, b));
+    util::one(Some(elem), dims.transpose()?)
 }
 
 /// A product's operand: matrices `[rows, cols]`, one per element of `batch`.
@@ -101,8 +89,7 @@ fn batched<T: Default + Clone + Send + Sync>(
         left.batch.clear();
     }
     let (m, k, n) = (left.rows, left.cols, right.cols);
-    let count = shape.iter().try_fold(1usize, |a, &d| a.checked_mul(d));
-    let count = count.ok_or_else(|| OpError::invalid(format!("a result of shape {shape:?} is too large")))?;
+    let count = strided::count(&shape)?;
     let mut c = vec![T::default(); count];
     if count > 0 && left.batch.is_empty() && right.batch.iter().all(|&n| n == 1) {
         product(Mat::new(a, m, k), Mat::new(b, k, n), &mut c);
@@ -119,6 +106,14 @@ fn batched<T: Default + Clone + Send + Sync>(
 /// The product of two stacks of matrices in `T`, as `numpy.matmul`.
 fn floats<T: Scalar>(a: (&[T], &[usize]), b: (&[T], &[usize])) -> Result<(Vec<usize>, Vec<T>), OpError> {
     batched(a, b, |a, b, c| gemm::matmul(a, b, c))
+}
+
+/// `numpy.matmul` of f64 tensors.
+pub(crate) fn product_f64(a: &Tensor, b: &Tensor) -> Result<(Vec<usize>, Vec<f64>), OpError> {
+    match (a.data(), b.data()) {
+        (Data::F64(x), Data::F64(y)) => floats((x, a.shape()), (y, b.shape())),
+        _ => Err(OpError::invalid("a product of other types than f64")),
+    }
 }
 
 fn eval_matmul(cx: &EvalCx) -> Evaluated {
@@ -153,7 +148,7 @@ fn eval_matmul(cx: &EvalCx) -> Evaluated {
     cx.one(out)
 }
 
-fn transposed(attrs: &crate::ir::Attrs) -> (bool, bool) {
+fn transposed(attrs: &Attrs) -> (bool, bool) {
     let flag = |name| attrs.int(name).unwrap_or(0) != 0;
     (flag("transA"), flag("transB"))
 }
@@ -174,7 +169,7 @@ fn infer_gemm(cx: &InferCx) -> Inferred {
     if ka.unify(&kb).is_none() {
         return Err(OpError::invalid(format!("the inner dims of a product differ: {ka} and {kb}")));
     }
-    Ok(vec![Fact::from(crate::ir::Type::tensor(elem, [m, n]))])
+    Ok(vec![Fact::from(Type::tensor(elem, [m, n]))])
 }
 
 fn eval_gemm(cx: &EvalCx) -> Evaluated {
@@ -223,7 +218,7 @@ where
     if k != kb {
         return Err(OpError::invalid(format!("the inner dims of a product differ: {k} and {kb}")));
     }
-    let mut y = vec![T::default(); m * n];
+    let mut y = vec![T::default(); strided::count(&[m, n])?];
     gemm::matmul(a, b, &mut y);
     if alpha != T::ONE {
         y.iter_mut().for_each(|y| *y = *y * alpha);

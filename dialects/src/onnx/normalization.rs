@@ -2,9 +2,10 @@
 //!
 //! `Y = (X - mean) / sqrt(variance + epsilon) * scale + bias`; RMSNormalization has no mean and no bias.
 
-use super::softmax::{dim_index, task_rows};
+use super::softmax::task_rows;
+use super::util;
 use crate::ir::{Dim, Elem, Type};
-use crate::kernels::row;
+use crate::kernels::{row, strided};
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
@@ -31,7 +32,7 @@ pub const OPS: &[OpDef] = &[
 fn infer(cx: &InferCx) -> Inferred {
     let mut facts = vec![cx.ty(0).clone().into()];
     let Some(dims) = cx.dims(0) else { return Ok(facts) };
-    let axis = dim_index(cx.attrs.int("axis").unwrap_or(-1), dims.len())?;
+    let axis = util::axis(cx.attrs.int("axis").unwrap_or(-1), dims.len())?;
     let kept = |(i, d): (usize, &Dim)| if i < axis { d.clone() } else { Dim::Known(1) };
     // Mean and inverse deviation are in the type the sums were stashed in.
     let stash = cx.attrs.int("stash_type").unwrap_or(1);
@@ -45,37 +46,30 @@ fn infer(cx: &InferCx) -> Inferred {
 /// `t` as one f32 per element of `dims`, to which it must broadcast.
 fn spread(t: &Tensor, dims: &[usize]) -> Result<Vec<f32>, OpError> {
     let values = t.to_f32()?;
-    let wrong =
-        || OpError::invalid(format!("a tensor of shape {:?} does not broadcast to {dims:?}", t.shape()));
     // Leading ones do not count; what is left must be at most the dims' rank.
     let ones = t.shape().iter().take_while(|&&n| n == 1).count();
     let own = &t.shape()[ones.min(t.rank().saturating_sub(dims.len()))..];
     if own == dims {
         return Ok(values.into_owned());
     }
-    let lead = dims.len().checked_sub(own.len()).ok_or_else(wrong)?;
-    let mut index = vec![0usize];
-    for (i, &n) in dims.iter().enumerate() {
-        let size = if i < lead { 1 } else { own[i - lead] };
-        if size != 1 && size != n {
-            return Err(wrong());
-        }
-        let next = |&base: &usize| (0..n).map(move |j| base * size + if size == 1 { 0 } else { j });
-        index = index.iter().flat_map(next).collect();
+    if strided::broadcast_shape(&[own, dims])? != dims {
+        let message = format!("a tensor of shape {:?} does not broadcast to {dims:?}", t.shape());
+        return Err(OpError::invalid(message));
     }
-    Ok(index.into_iter().map(|i| values[i]).collect())
+    strided::count(dims)?;
+    Ok(strided::gather(&values, dims, &strided::broadcast_strides(own, dims), 0))
 }
 
 fn eval(cx: &EvalCx, centered: bool) -> Evaluated {
     let x = cx.input(0)?;
-    let axis = dim_index(cx.int_or("axis", -1), x.rank())?;
+    let axis = util::axis(cx.int_or("axis", -1), x.rank())?;
     let (outer, dims) = x.shape().split_at(axis);
     let epsilon = cx.float_or("epsilon", 1e-5);
     let scale = spread(cx.input(1)?, dims)?;
     let bias = cx.opt(2)?.map(|b| spread(b, dims)).transpose()?;
     let n = scale.len();
     let mut y = x.to_f32()?.into_owned();
-    let rows: usize = outer.iter().product();
+    let rows = strided::count(outer)?;
     let (mut means, mut inverses) = (vec![0f32; rows], vec![0f32; rows]);
     if n > 0 {
         let per_task = task_rows(n);

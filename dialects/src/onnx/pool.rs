@@ -2,7 +2,7 @@
 
 use super::window::{Sliding, Window, unflatten};
 use crate::ir::{Dim, Elem, Type};
-use crate::kernels::row;
+use crate::kernels::{row, strided};
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::{Data, Tensor};
 use rayon::prelude::*;
@@ -74,10 +74,10 @@ fn slide(cx: &EvalCx, x: &Tensor) -> Result<(Vec<usize>, Sliding), OpError> {
     };
     let sliding = Window::of_pool(cx.attrs)?.slide(input)?;
     let shape: Vec<usize> = [batch, channels].into_iter().chain(sliding.output.iter().copied()).collect();
-    match shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)) {
-        Some(_) => Ok((shape, sliding)),
-        None => Err(OpError::invalid(format!("a result of shape {shape:?} is too large"))),
-    }
+    strided::count(&shape)?;
+    // The table of windows: every cell that any of them sees.
+    strided::count(&[sliding.output.iter().product(), strided::count(&sliding.kernel)?])?;
+    Ok((shape, sliding))
 }
 
 /// For each output position of one channel: the cells of the input (flat) that its window sees.

@@ -5,6 +5,7 @@
 
 use crate::ir::{Dim, Type};
 use crate::kernels::gemm::{self, Mat};
+use crate::kernels::strided;
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::Tensor;
 use std::borrow::Cow;
@@ -213,7 +214,7 @@ fn eval(cx: &EvalCx, cell: Cell) -> Evaluated {
             lengths.ok_or_else(|| OpError::invalid(format!("sequence_lens do not fit {batch} x {seq}")))?
         }
     };
-    let states = directions * batch * hidden;
+    let states = strided::count(&[directions, batch, hidden])?;
     let zeros = || Cow::Owned(vec![0f32; states]);
     let mut h = operand(cx, 5, states)?.unwrap_or_else(zeros).into_owned();
     let lstm = cell == Cell::Lstm;
@@ -222,7 +223,8 @@ fn eval(cx: &EvalCx, cell: Cell) -> Evaluated {
     let functions = activations(cx, cell.activations(), directions)?;
     let clip = cx.attrs.float("clip").filter(|c| *c > 0.0).unwrap_or(f32::INFINITY);
     let values = x.to_f32()?;
-    let mut y = vec![0f32; seq * directions * batch * hidden];
+    let mut y = vec![0f32; strided::count(&[seq, directions, batch, hidden])?];
+    strided::count(&[seq, batch, gates * hidden])?;
     let gate_width = gates * hidden;
     for d in 0..directions {
         let reverse = reverse_first || d == 1;

@@ -1,13 +1,13 @@
 //! RotaryEmbedding (opset 23): pairs of elements of each head turned by the angle of their position.
 
-use super::softmax::same_type;
+use super::util;
 use crate::ops::{EvalCx, Evaluated, OpDef, OpError};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
 
 /// The ops of this file.
 pub const OPS: &[OpDef] =
-    &[OpDef { name: "onnx.RotaryEmbedding", operands: (3, 4), infer: same_type, eval, ..OpDef::NEW }];
+    &[OpDef { name: "onnx.RotaryEmbedding", operands: (3, 4), infer: util::same_type, eval, ..OpDef::NEW }];
 
 fn eval(cx: &EvalCx) -> Evaluated {
     let x = cx.input(0)?;

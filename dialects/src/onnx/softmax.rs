@@ -2,33 +2,27 @@
 //!
 //! Computed in single precision, whatever the float type.
 
+use super::util;
 use crate::kernels::row;
-use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
+use crate::ops::{EvalCx, Evaluated, OpDef};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
 
 /// The ops of this file.
 pub const OPS: &[OpDef] = &[
-    OpDef { name: "onnx.Softmax", infer: same_type, eval: |cx| along_axis(cx, row::softmax), ..OpDef::NEW },
+    OpDef {
+        name: "onnx.Softmax",
+        infer: util::same_type,
+        eval: |cx| along_axis(cx, row::softmax),
+        ..OpDef::NEW
+    },
     OpDef {
         name: "onnx.LogSoftmax",
-        infer: same_type,
+        infer: util::same_type,
         eval: |cx| along_axis(cx, row::log_softmax),
         ..OpDef::NEW
     },
 ];
-
-/// One result, of the first operand's type.
-pub(crate) fn same_type(cx: &InferCx) -> Inferred {
-    Ok(vec![cx.ty(0).clone().into()])
-}
-
-/// A dim number that may count from the back, as one from the front.
-pub(crate) fn dim_index(axis: i64, rank: usize) -> Result<usize, OpError> {
-    let from_front = if axis < 0 { axis + rank as i64 } else { axis };
-    let ok = usize::try_from(from_front).ok().filter(|&a| a < rank);
-    ok.ok_or_else(|| OpError::invalid(format!("the axis {axis} is out of range for {rank} dims")))
-}
 
 /// How many rows of `n` elements one task works on.
 pub(crate) fn task_rows(n: usize) -> usize {
@@ -51,7 +45,7 @@ fn along_axis(cx: &EvalCx, f: fn(&mut [f32])) -> Evaluated {
     let axis = match shape.len() {
         0 => 0,
         rank if flatten && axis == rank as i64 => rank,
-        rank => dim_index(axis, rank)?,
+        rank => util::axis(axis, rank)?,
     };
     let mut data = x.to_f32()?.into_owned();
     let (n, inner): (usize, usize) = match flatten || shape.is_empty() {

@@ -8,7 +8,7 @@
 use crate::ir::{Attrs, Dim, Type};
 use crate::kernels::gemm::{self, Mat};
 use crate::kernels::packed::{Packed, code};
-use crate::kernels::row;
+use crate::kernels::{row, strided};
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
@@ -91,8 +91,7 @@ fn eval(cx: &EvalCx) -> Evaluated {
     }
     let shape: Vec<usize> = a.shape()[..a.rank() - 1].iter().copied().chain([n]).collect();
     let m: usize = shape[..shape.len() - 1].iter().product();
-    let count = m.checked_mul(n).ok_or_else(|| OpError::invalid("the result is too large"))?;
-    let mut y = vec![0f32; count];
+    let mut y = vec![0f32; strided::count(&[m, n])?];
     let x = Mat::new(&x, m, k);
     gemm::strips(&mut y, n, TILE, |from, y| {
         let rows = y.cols();

@@ -17,7 +17,11 @@
 use crate::ops::OpDef;
 
 mod dequantize;
+mod gather_block;
+mod integer;
 mod matmul_nbits;
+mod qdq;
 
 /// Every family of ops in this dialect.
-pub const FAMILIES: &[&[OpDef]] = &[dequantize::OPS, matmul_nbits::OPS];
+pub const FAMILIES: &[&[OpDef]] =
+    &[dequantize::OPS, gather_block::OPS, integer::OPS, matmul_nbits::OPS, qdq::OPS];
