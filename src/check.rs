@@ -10,11 +10,12 @@ use crate::env::DriverEnv;
 use dialects::exec::run_once;
 use dialects::ir::graph::reads;
 use dialects::ir::interp::Interpreter;
-use dialects::ir::{Attr, Elem, Module, Value, infer::compatible};
+use dialects::ir::{Elem, Module, Op, Value, infer::compatible};
 use dialects::ops::Item;
 use dialects::tensor::{Data, Tensor};
 use passes::{Exactness, Pass};
 use serde::Serialize;
+use std::collections::HashSet;
 
 /// What `--check` found, as relative errors of the model's outputs (Frobenius, the worst output).
 #[derive(Clone, Debug, Default, Serialize)]
@@ -30,13 +31,10 @@ pub struct Checked {
 /// Checks one pass on the first calibration batch. The error says what was expected and what was found.
 pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -> Result<Checked, String> {
     let checkpoint = env.checkpoint.lock().unwrap_or_else(|e| e.into_inner()).take();
-    let run = |m: &Module| outputs(m, env);
-    let exact_after = without_int8(after);
-    let (a, b) = (run(&without_int8(before).0)?, run(&exact_after.0)?);
-    let activations = match exact_after.1 {
-        true => Some(error(&b, &run(after)?).0),
-        false => None,
-    };
+    let run = |m: &Module| outputs(m, env, true);
+    let (a, b) = (run(before)?, run(after)?);
+    let activations = error(&b, &outputs(after, env, false)?).0;
+    let activations = (activations != 0.0).then_some(activations);
     let tolerance = tolerance(before);
     let agree = |what: &str, (e, output): (f64, usize)| -> Result<f64, String> {
         // Written so that a NaN fails.
@@ -61,7 +59,7 @@ pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -
         }
         None => (before.clone(), a),
     };
-    let Some(dequantized) = with_weights_of(start, &exact_after.0, env)? else {
+    let Some(dequantized) = with_weights_of(start, after, env)? else {
         let quantization = Some(error(&reference, &b).0);
         return Ok(Checked { wiring: None, quantization, activations });
     };
@@ -76,39 +74,30 @@ fn tolerance(m: &Module) -> f64 {
     if m.values.values().any(narrow) { 2e-2 } else { 1e-4 }
 }
 
-fn outputs(m: &Module, env: &DriverEnv) -> Result<Vec<Item>, String> {
+/// The model's outputs on the first calibration batch; `exact` leaves out int8 activations.
+fn outputs(m: &Module, env: &DriverEnv, exact: bool) -> Result<Vec<Item>, String> {
     let data = env.calibration.as_ref().ok_or("there are no sample inputs")?;
     let batch = data.batches().next().ok_or("there are no sample inputs")?;
     let inputs = inputs_of(m, batch.map_err(|e| e.message)?);
-    let exec = Interpreter::new(env.ops.clone());
+    let exec = Interpreter::new(env.ops.clone()).exact(exact);
     run_once(&exec, m, &inputs, &m.regions[m.top].results).map_err(|e| e.to_string())
-}
-
-/// The module with exact activations, and whether that is another one.
-fn without_int8(m: &Module) -> (Module, bool) {
-    let mut m = m.clone();
-    let mut changed = false;
-    for op in m.live_ops() {
-        let attrs = &mut m.ops[op].attrs;
-        if attrs.int("accuracy_level").is_some_and(|l| l != 0) {
-            attrs.set("accuracy_level", Attr::Int(0));
-            changed = true;
-        }
-    }
-    (m, changed)
 }
 
 /// `m` with every operand that `after` computes from constants, and `m` does not have so, in its place: the
 /// weights of `after`, dequantized. `None` when there is no such operand.
 fn with_weights_of(mut m: Module, after: &Module, env: &DriverEnv) -> Result<Option<Module>, String> {
     let exec = Interpreter::new(env.ops.clone());
+    let (in_m, in_after) = (constants(&m), constants(after));
+    let live: HashSet<Op> = after.live_ops().into_iter().collect();
     let mut any = false;
     for op in m.live_ops() {
-        let Some(new) = after.ops.get(op).filter(|new| new.name == m.ops[op].name) else { continue };
-        for (i, b) in new.operands.clone().into_iter().enumerate() {
-            let (Some(a), Some(b)) = (m.ops[op].operand(i), b) else { continue };
-            let fits = compatible(m.ty(a), after.ty(b));
-            if a == b || !fits || !is_constant(&m, a) || !is_constant(after, b) {
+        if !live.contains(&op) || after.ops[op].name != m.ops[op].name {
+            continue;
+        }
+        for (i, b) in after.ops[op].operands.iter().enumerate() {
+            let (Some(a), Some(b)) = (m.ops[op].operand(i), *b) else { continue };
+            let both = in_m.contains(&a) && in_after.contains(&b);
+            if a == b || !both || !compatible(m.ty(a), after.ty(b)) {
                 continue;
             }
             let item = run_once(&exec, after, &[], &[b]).map_err(|e| e.to_string())?.remove(0);
@@ -122,15 +111,20 @@ fn with_weights_of(mut m: Module, after: &Module, env: &DriverEnv) -> Result<Opt
     Ok(any.then_some(m))
 }
 
-/// Whether a value depends on constants alone.
-fn is_constant(m: &Module, v: Value) -> bool {
-    if m.const_of(v).is_some() {
-        return true;
+/// Every value that depends on constants alone.
+fn constants(m: &Module) -> HashSet<Value> {
+    let mut out: HashSet<Value> = HashSet::new();
+    for region in m.live_regions() {
+        out.extend(m.regions[region].consts.iter().copied());
+        for &op in &m.regions[region].ops {
+            let results = m.ops[op].results.iter().copied().flatten();
+            let reads = reads(m, op);
+            if m.ops[op].is("onnx.Constant") || !reads.is_empty() && reads.iter().all(|v| out.contains(v)) {
+                out.extend(results);
+            }
+        }
     }
-    m.def_op(v).is_some_and(|(op, _)| {
-        let reads = reads(m, op);
-        !reads.is_empty() && reads.into_iter().all(|v| is_constant(m, v))
-    })
+    out
 }
 
 /// The worst relative error over all outputs, and which output has it.
