@@ -1,9 +1,10 @@
 //! `--check`: runs the model before and after a pass, and tells a wiring error from a quantization error.
 //!
-//! An exact pass must agree to rounding. A lossy one is taken apart: the weights that it quantized are dequantized
-//! and put into the graph as it was before the lossy part. That graph against the original is the quantization
-//! error, which is reported; that graph against the pass's own result is the wiring error, which must be rounding.
-//! Int8 activations (`accuracy_level` 4) are an error term of their own.
+//! An exact pass must agree to rounding. A lossy one is taken apart: the quantized weights are replaced by the float
+//! weights that they stand for, and what is left must agree with the model before the pass to rounding; a difference
+//! there is a wiring error. The difference that remains is the quantization error, which is reported. Where a pass does
+//! not say what its weights stand for, they are dequantized and put into the graph as it was before the pass, and that
+//! graph must agree with the pass's result. Int8 activations (`accuracy_level` 4) are an error term of their own.
 
 use crate::data::lm::inputs_of;
 use crate::env::DriverEnv;
@@ -30,7 +31,6 @@ pub struct Checked {
 
 /// Checks one pass on the first calibration batch. The error says what was expected and what was found.
 pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -> Result<Checked, String> {
-    let checkpoint = env.checkpoint.lock().unwrap_or_else(|e| e.into_inner()).take();
     let run = |m: &Module| outputs(m, env, true);
     let (a, b) = (run(before)?, run(after)?);
     let activations = error(&b, &outputs(after, env, false)?).0;
@@ -50,22 +50,35 @@ pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -
         let wiring = agree("wiring error of an exact pass", error(&a, &b))?;
         return Ok(Checked { wiring: Some(wiring), quantization: None, activations });
     }
-    let mut wiring = 0.0f64;
-    let (start, reference) = match checkpoint {
-        Some(m) => {
-            let outputs = run(&m)?;
-            wiring = agree("wiring error of the exact part of a lossy pass", error(&a, &outputs))?;
-            (m, outputs)
-        }
-        None => (before.clone(), a),
-    };
-    let Some(dequantized) = with_weights_of(start, after, env)? else {
-        let quantization = Some(error(&reference, &b).0);
-        return Ok(Checked { wiring: None, quantization, activations });
+    let originals = env.originals.as_ref();
+    let originals: Vec<(Value, Tensor)> = originals
+        .map(|o| std::mem::take(&mut *o.lock().unwrap_or_else(|e| e.into_inner())))
+        .unwrap_or_default();
+    if !originals.is_empty() {
+        let float = run(&with_floats(after.clone(), originals)?)?;
+        let wiring = agree("wiring error beside the quantized weights", error(&a, &float))?;
+        return Ok(Checked { wiring: Some(wiring), quantization: Some(error(&float, &b).0), activations });
+    }
+    let Some(dequantized) = with_weights_of(before.clone(), after, env)? else {
+        return Ok(Checked { wiring: None, quantization: Some(error(&a, &b).0), activations });
     };
     let d = run(&dequantized)?;
-    wiring = wiring.max(agree("wiring error beside the quantized weights", error(&d, &b))?);
-    Ok(Checked { wiring: Some(wiring), quantization: Some(error(&reference, &d).0), activations })
+    let wiring = agree("wiring error beside the quantized weights", error(&d, &b))?;
+    Ok(Checked { wiring: Some(wiring), quantization: Some(error(&a, &d).0), activations })
+}
+
+/// `m` with float weights in the place of quantized ones.
+fn with_floats(mut m: Module, weights: Vec<(Value, Tensor)>) -> Result<Module, String> {
+    for (v, weight) in weights {
+        let ty = m.ty(v).as_tensor().cloned();
+        let shape = ty.as_ref().and_then(|t| t.known_shape());
+        let (Some(ty), Some(shape)) = (ty, shape) else { continue };
+        let values = weight.to_f32().map_err(|e| e.to_string())?.into_owned();
+        let float = Tensor::from_f32(ty.elem, &shape, values).map_err(|e| e.to_string())?;
+        let konst = m.add_const(m.top, "", float.to_const());
+        m.replace_uses(v, konst);
+    }
+    Ok(m)
 }
 
 /// What rounding may do, relative.

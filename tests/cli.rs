@@ -139,7 +139,11 @@ fn bad_input() {
     let dir = Folder::new();
     let (out, noise, text) = (dir.path("out.onnx"), dir.path("noise.onnx"), dir.path("bad.qir"));
     fs::write(&noise, [7u8; 100]).unwrap();
-    fs::write(&text, "module ir_version=10 opsets {onnx=18}\n\ngraph @g(%x : tensor<2xf33>) {\n  return %x\n}\n").unwrap();
+    fs::write(
+        &text,
+        "module ir_version=10 opsets {onnx=18}\n\ngraph @g(%x : tensor<2xf33>) {\n  return %x\n}\n",
+    )
+    .unwrap();
     let cases: &[(&str, &[&str])] = &[
         ("no-file", &["none.onnx", "-o", &out]),
         ("not-onnx", &[&noise, "-o", &out]),
@@ -280,13 +284,16 @@ fn a_failing_pass_leaves_a_reproducer() {
     assert_eq!(again.code, 1);
     let error = |s: &str| s.split("pack-int4 matched nothing").nth(1).map(str::to_owned);
     assert!(error(&again.stderr).is_some());
-    assert_eq!(error(&again.stderr), error(&ran.stderr.split("reproducer").next().unwrap()).or(error(&ran.stderr)));
+    assert_eq!(
+        error(&again.stderr),
+        error(&ran.stderr.split("reproducer").next().unwrap()).or(error(&ran.stderr))
+    );
 }
 
 #[test]
 fn the_model_says_how_it_was_made() {
     let dir = Folder::new();
-    let (first, second) = (dir.path("1.onnx"), dir.path("2.onnx"));
+    let (first, second) = (dir.path("1.qir"), dir.path("2.onnx"));
     ok(&[MODEL, "--pass", "rtn", "-o", &first, "--scale-type", "f16"]);
     ok(&[&first, "--pass", "pack-int4", "-o", &second]);
     let json: serde_json::Value = serde_json::from_str(&ok(&["inspect", &second, "--json"])).unwrap();
