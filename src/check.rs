@@ -1,20 +1,22 @@
 //! `--check`: runs the model before and after a pass, and tells a wiring error from a quantization error.
 //!
-//! An exact pass must agree to rounding. A lossy one is taken apart: the weights that it quantized are dequantized
-//! and put into the graph as it was before the lossy part. That graph against the original is the quantization
-//! error, which is reported; that graph against the pass's own result is the wiring error, which must be rounding.
-//! Int8 activations (`accuracy_level` 4) are an error term of their own.
+//! An exact pass must agree to rounding. A lossy one is taken apart: the quantized weights are replaced by the float
+//! weights that they stand for, and what is left must agree with the model before the pass to rounding; a difference
+//! there is a wiring error. The difference that remains is the quantization error, which is reported. Where a pass does
+//! not say what its weights stand for, they are dequantized and put into the graph as it was before the pass, and that
+//! graph must agree with the pass's result. Int8 activations (`accuracy_level` 4) are an error term of their own.
 
 use crate::data::lm::inputs_of;
 use crate::env::DriverEnv;
 use dialects::exec::run_once;
 use dialects::ir::graph::reads;
 use dialects::ir::interp::Interpreter;
-use dialects::ir::{Attr, Elem, Module, Value, infer::compatible};
+use dialects::ir::{Elem, Module, Op, Value, infer::compatible};
 use dialects::ops::Item;
 use dialects::tensor::{Data, Tensor};
 use passes::{Exactness, Pass};
 use serde::Serialize;
+use std::collections::HashSet;
 
 /// What `--check` found, as relative errors of the model's outputs (Frobenius, the worst output).
 #[derive(Clone, Debug, Default, Serialize)]
@@ -29,14 +31,10 @@ pub struct Checked {
 
 /// Checks one pass on the first calibration batch. The error says what was expected and what was found.
 pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -> Result<Checked, String> {
-    let checkpoint = env.checkpoint.lock().unwrap_or_else(|e| e.into_inner()).take();
-    let run = |m: &Module| outputs(m, env);
-    let exact_after = without_int8(after);
-    let (a, b) = (run(&without_int8(before).0)?, run(&exact_after.0)?);
-    let activations = match exact_after.1 {
-        true => Some(error(&b, &run(after)?).0),
-        false => None,
-    };
+    let run = |m: &Module| outputs(m, env, true);
+    let (a, b) = (run(before)?, run(after)?);
+    let activations = error(&b, &outputs(after, env, false)?).0;
+    let activations = (activations != 0.0).then_some(activations);
     let tolerance = tolerance(before);
     let agree = |what: &str, (e, output): (f64, usize)| -> Result<f64, String> {
         // Written so that a NaN fails.
@@ -52,22 +50,35 @@ pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -
         let wiring = agree("wiring error of an exact pass", error(&a, &b))?;
         return Ok(Checked { wiring: Some(wiring), quantization: None, activations });
     }
-    let mut wiring = 0.0f64;
-    let (start, reference) = match checkpoint {
-        Some(m) => {
-            let outputs = run(&m)?;
-            wiring = agree("wiring error of the exact part of a lossy pass", error(&a, &outputs))?;
-            (m, outputs)
-        }
-        None => (before.clone(), a),
-    };
-    let Some(dequantized) = with_weights_of(start, &exact_after.0, env)? else {
-        let quantization = Some(error(&reference, &b).0);
-        return Ok(Checked { wiring: None, quantization, activations });
+    let originals = env.originals.as_ref();
+    let originals: Vec<(Value, Tensor)> = originals
+        .map(|o| std::mem::take(&mut *o.lock().unwrap_or_else(|e| e.into_inner())))
+        .unwrap_or_default();
+    if !originals.is_empty() {
+        let float = run(&with_floats(after.clone(), originals)?)?;
+        let wiring = agree("wiring error beside the quantized weights", error(&a, &float))?;
+        return Ok(Checked { wiring: Some(wiring), quantization: Some(error(&float, &b).0), activations });
+    }
+    let Some(dequantized) = with_weights_of(before.clone(), after, env)? else {
+        return Ok(Checked { wiring: None, quantization: Some(error(&a, &b).0), activations });
     };
     let d = run(&dequantized)?;
-    wiring = wiring.max(agree("wiring error beside the quantized weights", error(&d, &b))?);
-    Ok(Checked { wiring: Some(wiring), quantization: Some(error(&reference, &d).0), activations })
+    let wiring = agree("wiring error beside the quantized weights", error(&d, &b))?;
+    Ok(Checked { wiring: Some(wiring), quantization: Some(error(&a, &d).0), activations })
+}
+
+/// `m` with float weights in the place of quantized ones.
+fn with_floats(mut m: Module, weights: Vec<(Value, Tensor)>) -> Result<Module, String> {
+    for (v, weight) in weights {
+        let ty = m.ty(v).as_tensor().cloned();
+        let shape = ty.as_ref().and_then(|t| t.known_shape());
+        let (Some(ty), Some(shape)) = (ty, shape) else { continue };
+        let values = weight.to_f32().map_err(|e| e.to_string())?.into_owned();
+        let float = Tensor::from_f32(ty.elem, &shape, values).map_err(|e| e.to_string())?;
+        let konst = m.add_const(m.top, "", float.to_const());
+        m.replace_uses(v, konst);
+    }
+    Ok(m)
 }
 
 /// What rounding may do, relative.
@@ -76,39 +87,30 @@ fn tolerance(m: &Module) -> f64 {
     if m.values.values().any(narrow) { 2e-2 } else { 1e-4 }
 }
 
-fn outputs(m: &Module, env: &DriverEnv) -> Result<Vec<Item>, String> {
+/// The model's outputs on the first calibration batch; `exact` leaves out int8 activations.
+fn outputs(m: &Module, env: &DriverEnv, exact: bool) -> Result<Vec<Item>, String> {
     let data = env.calibration.as_ref().ok_or("there are no sample inputs")?;
     let batch = data.batches().next().ok_or("there are no sample inputs")?;
     let inputs = inputs_of(m, batch.map_err(|e| e.message)?);
-    let exec = Interpreter::new(env.ops.clone());
+    let exec = Interpreter::new(env.ops.clone()).exact(exact);
     run_once(&exec, m, &inputs, &m.regions[m.top].results).map_err(|e| e.to_string())
-}
-
-/// The module with exact activations, and whether that is another one.
-fn without_int8(m: &Module) -> (Module, bool) {
-    let mut m = m.clone();
-    let mut changed = false;
-    for op in m.live_ops() {
-        let attrs = &mut m.ops[op].attrs;
-        if attrs.int("accuracy_level").is_some_and(|l| l != 0) {
-            attrs.set("accuracy_level", Attr::Int(0));
-            changed = true;
-        }
-    }
-    (m, changed)
 }
 
 /// `m` with every operand that `after` computes from constants, and `m` does not have so, in its place: the
 /// weights of `after`, dequantized. `None` when there is no such operand.
 fn with_weights_of(mut m: Module, after: &Module, env: &DriverEnv) -> Result<Option<Module>, String> {
     let exec = Interpreter::new(env.ops.clone());
+    let (in_m, in_after) = (constants(&m), constants(after));
+    let live: HashSet<Op> = after.live_ops().into_iter().collect();
     let mut any = false;
     for op in m.live_ops() {
-        let Some(new) = after.ops.get(op).filter(|new| new.name == m.ops[op].name) else { continue };
-        for (i, b) in new.operands.clone().into_iter().enumerate() {
-            let (Some(a), Some(b)) = (m.ops[op].operand(i), b) else { continue };
-            let fits = compatible(m.ty(a), after.ty(b));
-            if a == b || !fits || !is_constant(&m, a) || !is_constant(after, b) {
+        if !live.contains(&op) || after.ops[op].name != m.ops[op].name {
+            continue;
+        }
+        for (i, b) in after.ops[op].operands.iter().enumerate() {
+            let (Some(a), Some(b)) = (m.ops[op].operand(i), *b) else { continue };
+            let both = in_m.contains(&a) && in_after.contains(&b);
+            if a == b || !both || !compatible(m.ty(a), after.ty(b)) {
                 continue;
             }
             let item = run_once(&exec, after, &[], &[b]).map_err(|e| e.to_string())?.remove(0);
@@ -122,15 +124,20 @@ fn with_weights_of(mut m: Module, after: &Module, env: &DriverEnv) -> Result<Opt
     Ok(any.then_some(m))
 }
 
-/// Whether a value depends on constants alone.
-fn is_constant(m: &Module, v: Value) -> bool {
-    if m.const_of(v).is_some() {
-        return true;
+/// Every value that depends on constants alone.
+fn constants(m: &Module) -> HashSet<Value> {
+    let mut out: HashSet<Value> = HashSet::new();
+    for region in m.live_regions() {
+        out.extend(m.regions[region].consts.iter().copied());
+        for &op in &m.regions[region].ops {
+            let results = m.ops[op].results.iter().copied().flatten();
+            let reads = reads(m, op);
+            if m.ops[op].is("onnx.Constant") || !reads.is_empty() && reads.iter().all(|v| out.contains(v)) {
+                out.extend(results);
+            }
+        }
     }
-    m.def_op(v).is_some_and(|(op, _)| {
-        let reads = reads(m, op);
-        !reads.is_empty() && reads.into_iter().all(|v| is_constant(m, v))
-    })
+    out
 }
 
 /// The worst relative error over all outputs, and which output has it.

@@ -181,6 +181,12 @@ impl Driver<'_> {
                 return Err(Error::Pass { number, message, help: Some(REPRO_HINT.into()) });
             }
         };
+        if changed {
+            // What a rewrite leaves without users must not be written: float weights above all.
+            let (ops, constants) = passes::dce::sweep(m);
+            report.count("dead ops removed", ops);
+            report.count("dead constants removed", constants);
+        }
         let seconds = started.elapsed().as_secs_f64();
         let found = verify(m, self.registry);
         if !self.options.no_verify && !found.is_empty() {

@@ -9,6 +9,7 @@ use dialects::exec::{ExecError, Executor};
 use dialects::ir::interp::Interpreter;
 use dialects::ir::{Module, TensorSource, Value};
 use dialects::ops::Ops;
+use dialects::tensor::Tensor;
 use passes::{CalibSink, Env, PassError, Progress, Scratch};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -26,10 +27,8 @@ pub struct DriverEnv {
     pub scratch: PathBuf,
     /// Calibration data, when a pass of the pipeline needs it.
     pub calibration: Option<Calibration>,
-    /// The module as a pass's exact part left it; kept for `--check`.
-    pub checkpoint: Mutex<Option<Module>>,
-    /// Whether to keep checkpoints.
-    pub keep_checkpoints: bool,
+    /// Weights as they were before they were quantized, for `--check`; `None` keeps none.
+    pub originals: Option<Mutex<Vec<(Value, Tensor)>>>,
 }
 
 impl Env for DriverEnv {
@@ -63,9 +62,9 @@ impl Env for DriverEnv {
         self.term.task(task, total)
     }
 
-    fn checkpoint(&self, m: &Module) {
-        if self.keep_checkpoints {
-            *self.checkpoint.lock().unwrap_or_else(|e| e.into_inner()) = Some(m.clone());
+    fn quantized(&self, value: Value, weight: &dyn Fn() -> Tensor) {
+        if let Some(kept) = &self.originals {
+            kept.lock().unwrap_or_else(|e| e.into_inner()).push((value, weight()));
         }
     }
 }

@@ -87,15 +87,18 @@ pub enum Error {
         message: String,
     },
     /// `--strict`, and weights stay float that nobody asked to keep.
-    #[error("--strict: {} stay float without being asked to:\n{}", ops(left.len()), left.join("\n"))]
+    #[error("--strict: {} float without being asked to:\n{}", stay(left.len()), left.join("\n"))]
     Strict {
         /// One line each.
         left: Vec<String>,
     },
 }
 
-fn ops(n: usize) -> String {
-    format!("{n} weight-bearing op{}", if n == 1 { "" } else { "s" })
+fn stay(n: usize) -> String {
+    match n {
+        1 => "1 weight-bearing op stays".into(),
+        n => format!("{n} weight-bearing ops stay"),
+    }
 }
 
 /// Diagnostics as a list, cut where it gets long.

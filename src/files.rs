@@ -27,6 +27,14 @@ pub enum FileError {
     /// A directory, or something else that cannot be mapped.
     #[error("{} is not a regular file", .0.display())]
     NotAFile(PathBuf),
+    /// The folder of an output does not exist.
+    #[error("cannot write {}: there is no folder {}", path.display(), folder.display())]
+    NoFolder {
+        /// The output.
+        path: PathBuf,
+        /// Where it was to be.
+        folder: PathBuf,
+    },
     /// Writing the output would destroy an input.
     #[error("the output {} is also an input ({})", output.display(), input.display())]
     OutputIsInput {
@@ -179,6 +187,9 @@ impl OutputFile {
             Some(p) if !p.as_os_str().is_empty() => p,
             _ => Path::new("."),
         };
+        if !folder.is_dir() {
+            return Err(FileError::NoFolder { folder: folder.to_owned(), path: target });
+        }
         let mut prefix = std::ffi::OsString::from(".");
         prefix.push(target.file_name().unwrap_or_default());
         prefix.push(".");
@@ -192,7 +203,9 @@ impl OutputFile {
         }
         // The lock covers creation, so that an interrupt cannot fall between it and the registration.
         let mut list = UNFINISHED.lock().unwrap_or_else(|e| e.into_inner());
-        let file = builder.tempfile_in(folder).map_err(FileError::io("write", &target))?;
+        // The error itself would name the temporary file.
+        let plain = |e: io::Error| FileError::io("write", &target)(e.kind().into());
+        let file = builder.tempfile_in(folder).map_err(plain)?;
         list.push(file.path().to_owned());
         drop(list);
         if let Some(meta) = existing {

@@ -1,6 +1,7 @@
 //! Models on disk: which reader or writer a path gets.
 
 use crate::error::Error;
+use crate::onnx::error::Problem;
 use crate::term::Term;
 use crate::{onnx, qir};
 use dialects::ir::Module;
@@ -48,7 +49,11 @@ pub struct SaveOptions {
 pub fn load(path: &Path) -> Result<Loaded, Error> {
     match Format::of(path) {
         Format::Onnx => {
-            let read = onnx::import::read(path).map_err(|e| Error::Model(e.to_string()))?;
+            let read = onnx::import::read(path).map_err(|e| match &*e.problem {
+                // It names the file itself.
+                Problem::File(file) => Error::Model(file.to_string()),
+                _ => Error::Model(e.to_string()),
+            })?;
             let warnings = read.warnings.iter().map(ToString::to_string).collect();
             Ok(Loaded { module: read.module, warnings, files: read.files })
         }

@@ -166,15 +166,17 @@ impl Builder<'_> {
         let at = match e.location {
             InputLocation::Pos(at) | InputLocation::Span((at, _)) => at,
         };
-        let next = self.text[at..].chars().next();
-        let found = next.map_or("the end".to_string(), |c| format!("{c:?}"));
+        let (message, span) = match self.text[at..].chars().next() {
+            Some(c) => (format!("unexpected {c:?}"), at..at + c.len_utf8()),
+            // There is nothing to underline at the end; the last character has to do.
+            None => ("it ends too early".to_string(), at - usize::from(at > 0)..at),
+        };
         let help = "a pipeline is passes with options, such as awq{group=64, clip=false},pack-int4";
-        let message = format!("the pipeline cannot be read: unexpected {found}");
         let expected = match &e.variant {
             pest::error::ErrorVariant::ParsingError { positives, .. } => expected(positives),
             pest::error::ErrorVariant::CustomError { message } => message.clone(),
         };
-        self.error(at..at + next.map_or(0, char::len_utf8), message, expected, Some(help.into()))
+        self.error(span, format!("the pipeline cannot be read: {message}"), expected, Some(help.into()))
     }
 
     fn step(&self, pair: Pair<Rule>, only: &[String], skip: &[String]) -> Result<Step, PipelineError> {
@@ -461,7 +463,7 @@ mod tests {
     #[test]
     fn text_that_is_no_pipeline() {
         for (text, at) in
-            [("round{bits=4", ""), ("round,,round", ","), ("round{bits}", "}"), ("round}", "}"), ("", "")]
+            [("round{bits=4", "4"), ("round,,round", ","), ("round{bits}", "}"), ("round}", "}"), ("", "")]
         {
             let (message, found, _) = refused(text);
             assert!(message.starts_with("the pipeline cannot be read"), "{message}");

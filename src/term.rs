@@ -4,15 +4,18 @@
 //! terminals, and only for what takes longer than a second.
 
 use crate::files;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use passes::Progress;
 use std::io::{self, IsTerminal, Write};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long a task may take before it gets a bar.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// All bars that are shown: one task may run inside another.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// Whether the user asked to stop.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -93,7 +96,7 @@ impl Progress for Bar {
             let mut shown = self.shown.lock().unwrap_or_else(|e| e.into_inner());
             if !*shown {
                 *shown = true;
-                self.bar.set_draw_target(ProgressDrawTarget::stderr());
+                BARS.add(self.bar.clone());
             }
         }
         !INTERRUPTED.load(Ordering::Relaxed)
@@ -103,5 +106,6 @@ impl Progress for Bar {
 impl Drop for Bar {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+        BARS.remove(&self.bar);
     }
 }

@@ -21,6 +21,7 @@ pub mod rtn;
 use dialects::exec::ExecError;
 use dialects::ir::{Module, Op, OpName, Value};
 use dialects::ops::{Item, Ops};
+use dialects::tensor::Tensor;
 pub use report::{Report, WeightReport};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeSet;
@@ -98,9 +99,9 @@ pub trait Env: Sync {
     /// Starts a task of `total` steps that the user may want to watch.
     fn progress(&self, task: &str, total: u64) -> Box<dyn Progress>;
 
-    /// A lossy pass that begins with an exact part (moving scales, say) calls this where that part ends, so that the
-    /// driver can check each part by its own measure.
-    fn checkpoint(&self, _m: &Module) {}
+    /// A quantizing pass put `value` in the place of a float weight that `weight` makes, of as many elements in the
+    /// same order. By it the driver tells what a pass rewired from what it rounded.
+    fn quantized(&self, _value: Value, _weight: &dyn Fn() -> Tensor) {}
 }
 
 /// Receives each wanted value of each calibration batch.

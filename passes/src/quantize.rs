@@ -186,7 +186,8 @@ pub fn quantize_matrix<Q: Quantizer>(
         scales: konst(scale_elem, &scale_dims, stored)?,
         zero_points: zeros.map(|z| konst(Elem::U8, &scale_dims, z)).transpose()?,
     };
-    place(m, pass, shared, &q, &label, elem)?;
+    let value = place(m, pass, shared, &q, &label, elem)?;
+    cx.env.quantized(value, &|| w.tensor(l.operand_is_nk));
 
     let mut report = WeightReport {
         weight: label,

@@ -123,7 +123,11 @@ fn totals(out: &mut String, p: &Painter, s: &Summary) {
         let bits = t.bits_per_weight.map(|b| format!(" at {b:.3} bits per weight")).unwrap_or_default();
         let float = match s.float.len() {
             0 => "no weight-bearing op stays float".to_string(),
-            n => format!("{} stay float ({})", count(n, "weight-bearing op"), bytes(float_bytes(&s.float))),
+            n => {
+                let verb = if n == 1 { "stays" } else { "stay" };
+                let size = bytes(float_bytes(&s.float));
+                format!("{} {verb} float ({size})", count(n, "weight-bearing op"))
+            }
         };
         p.line(out, &format!("{} quantized{bits}; {float}", count(s.weights.len(), "weight")));
     }

@@ -2,6 +2,7 @@
 //! that the arithmetic of a group runs down the lanes in order and vectorizes without shuffles.
 
 use super::{GridError, Parts, Quantizer, Spec, Stats};
+use dialects::tensor::Tensor;
 use half::{bf16, f16};
 use multiversion::multiversion;
 use std::ops::Range;
@@ -92,6 +93,16 @@ impl Matrix<'_> {
             Float::F16 => f16::from_le_bytes([b[0], b[1]]).to_f32(),
             Float::BF16 => bf16::from_le_bytes([b[0], b[1]]).to_f32(),
         }
+    }
+
+    /// The matrix in memory: `[N, K]`, or `[K, N]` without `rows_are_outputs`.
+    pub fn tensor(&self, rows_are_outputs: bool) -> Tensor {
+        let (rows, columns) = if rows_are_outputs { (self.n, self.k) } else { (self.k, self.n) };
+        let as_stored = rows_are_outputs == (self.layout == Layout::Nk);
+        let at = |r: usize, c: usize| if as_stored { r * columns + c } else { c * rows + r };
+        let values: Vec<f32> =
+            (0..rows).flat_map(|r| (0..columns).map(move |c| self.get(at(r, c)))).collect();
+        Tensor::new(&[rows, columns], values).expect("a matrix has rows times columns elements")
     }
 
     /// How many elements are NaN or infinite, and output and input of the one that is first in memory.

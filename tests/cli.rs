@@ -1,0 +1,312 @@
+//! The command line, from outside: the built program is run on the small model of `testdata`.
+//!
+//! `cargo insta accept`, or `INSTA_UPDATE=always` around the test, takes over a changed text.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tempfile::TempDir;
+
+/// What a run gave.
+struct Ran {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+/// Runs the program in the folder of the test models.
+fn qcc(args: &[&str]) -> Ran {
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/models");
+    let out = Command::new(env!("CARGO_BIN_EXE_qcc")).args(args).current_dir(models).output().unwrap();
+    Ran {
+        code: out.status.code().unwrap(),
+        stdout: String::from_utf8(out.stdout).unwrap(),
+        stderr: String::from_utf8(out.stderr).unwrap(),
+    }
+}
+
+/// Runs the program, which must succeed, and gives its stdout.
+fn ok(args: &[&str]) -> String {
+    let ran = qcc(args);
+    assert_eq!(ran.code, 0, "qcc {}\n{}", args.join(" "), ran.stderr);
+    ran.stdout
+}
+
+/// A folder for outputs, and a path in it.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Folder {
+        Folder(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_string()
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> =
+            fs::read_dir(&self.0).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+const MODEL: &str = "tinylm.onnx";
+
+/// Compares with the stored text; times and paths of temporary folders do not count.
+fn snapshot(name: &str, text: &str) {
+    let mut settings = insta::Settings::clone_current();
+    settings.add_filter(r"\d+ ms|\d+\.\d\d s\b", "[time]");
+    settings.add_filter(r"(/[\w.-]+)+/\.tmp\w+", "[dir]");
+    settings.set_prepend_module_to_snapshot(false);
+    settings.set_omit_expression(true);
+    settings.bind(|| insta::assert_snapshot!(name, text));
+}
+
+#[test]
+fn help() {
+    snapshot("help", &ok(&["--help"]));
+    snapshot("help-inspect", &ok(&["inspect", "--help"]));
+}
+
+#[test]
+fn inspect() {
+    snapshot("inspect", &ok(&["inspect", MODEL]));
+    let json: serde_json::Value = serde_json::from_str(&ok(&["inspect", MODEL, "--json"])).unwrap();
+    let weights = json["weights"].as_array().unwrap();
+    // 4 layers of 7, and the head; the embedding is a Gather.
+    let can: Vec<_> = weights.iter().filter(|w| !w["k_n"].is_null()).collect();
+    assert_eq!((weights.len(), can.len()), (30, 29));
+    assert_eq!(json["opsets"]["onnx"], 18);
+    assert_eq!(json["constants"]["f32"]["elements"], 1_311_893);
+}
+
+#[test]
+fn a_report() {
+    let dir = Folder::new();
+    let out = dir.path("q.onnx");
+    snapshot("report", &ok(&[MODEL, "--pass", "rtn,pack-int4", "-o", &out, "--stats"]));
+    assert_eq!(dir.names(), ["q.onnx"]);
+
+    let json = ok(&[MODEL, "--pass", "rtn{bits=8},pack-int4", "-o", &out, "--json", "--skip", "*lm_head*"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["weights"].as_array().unwrap().len(), 28);
+    assert_eq!(json["recipe"], "rtn{bits=8, group=32, symmetric=false, skip=[*lm_head*]},pack-int4");
+    // The head and the embedding hold the same constant: both match, and both were asked for.
+    let float = json["float"].as_array().unwrap();
+    assert_eq!(float.len(), 2);
+    assert!(float.iter().all(|f| f["asked"] == true && f["weight"] == "m.lm_head.weight"));
+    assert_eq!(json["totals"]["output_bytes"], fs::metadata(&out).unwrap().len());
+    assert_eq!(json["totals"]["input_bytes"], 5_829_357);
+}
+
+#[test]
+fn quiet_says_nothing() {
+    let dir = Folder::new();
+    let ran = qcc(&[MODEL, "--pass", "rtn,pack-int4", "-o", &dir.path("q.onnx"), "--quiet"]);
+    assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.as_str()), (0, "", ""));
+}
+
+#[test]
+fn wrong_command_lines() {
+    let dir = Folder::new();
+    let out = dir.path("out.onnx");
+    let cases: &[(&str, &[&str])] = &[
+        ("no-output", &[MODEL, "--pass", "rtn"]),
+        ("unknown-pass", &[MODEL, "--pass", "rtn,pack-in4", "-o", &out]),
+        ("unknown-option", &[MODEL, "--pass", "rtn{bit=4},pack-int4", "-o", &out]),
+        ("wrong-kind", &[MODEL, "--pass", "rtn{bits=four}", "-o", &out]),
+        ("refused-value", &[MODEL, "--pass", "rtn{bits=4, group=7},pack-int4", "-o", &out]),
+        ("syntax", &[MODEL, "--pass", "rtn{bits=4", "-o", &out]),
+        ("unknown-preset", &[MODEL, "--preset", "int4-atn", "-o", &out]),
+        ("stop-after", &[MODEL, "--pass", "rtn", "--stop-after", "rnt", "-o", &out]),
+        ("only-without-quantizer", &[MODEL, "--pass", "pack-int4", "--only", "*q*", "-o", &out]),
+        ("json-and-ir", &[MODEL, "--emit", "qir", "--json"]),
+    ];
+    for (name, args) in cases {
+        let ran = qcc(args);
+        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{name}\n{}", ran.stderr);
+        snapshot(&format!("wrong-{name}"), &ran.stderr);
+    }
+    assert_eq!(qcc(&["--no-such-flag"]).code, 2);
+    assert_eq!(qcc(&[]).code, 2);
+    assert_eq!(dir.names(), [""; 0]);
+}
+
+#[test]
+fn bad_input() {
+    let dir = Folder::new();
+    let (out, noise, text) = (dir.path("out.onnx"), dir.path("noise.onnx"), dir.path("bad.qir"));
+    fs::write(&noise, [7u8; 100]).unwrap();
+    fs::write(
+        &text,
+        "module ir_version=10 opsets {onnx=18}\n\ngraph @g(%x : tensor<2xf33>) {\n  return %x\n}\n",
+    )
+    .unwrap();
+    let cases: &[(&str, &[&str])] = &[
+        ("no-file", &["none.onnx", "-o", &out]),
+        ("not-onnx", &[&noise, "-o", &out]),
+        ("not-qir", &[&text, "-o", &out]),
+        ("nothing-to-pack", &[MODEL, "--pass", "pack-int4", "-o", &out]),
+        ("nothing-to-quantize", &[MODEL, "--pass", "rtn", "--only", "nothing", "-o", &out]),
+        ("strict", &[MODEL, "--pass", "rtn,pack-int4", "--strict", "-o", &out]),
+        ("no-folder", &[MODEL, "-o", "none/out.onnx"]),
+    ];
+    for (name, args) in cases {
+        let ran = qcc(args);
+        assert_eq!((ran.code, ran.stdout.as_str()), (1, ""), "{name}\n{}", ran.stderr);
+        snapshot(&format!("bad-{name}"), &ran.stderr);
+    }
+    assert_eq!(dir.names(), ["bad.qir", "noise.onnx"]);
+}
+
+#[test]
+fn a_failure_leaves_an_existing_output_alone() {
+    let dir = Folder::new();
+    let out = dir.path("out.onnx");
+    fs::write(&out, "before").unwrap();
+    assert_eq!(qcc(&[MODEL, "--pass", "rtn,pack-int4", "--strict", "-o", &out]).code, 1);
+    assert_eq!(fs::read(&out).unwrap(), b"before");
+    // An output that is the input, under whatever name.
+    let (copy, link) = (dir.path("copy.onnx"), dir.path("link.onnx"));
+    fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/models").join(MODEL), &copy).unwrap();
+    fs::hard_link(&copy, &link).unwrap();
+    for output in [&copy, &link] {
+        let ran = qcc(&[&copy, "--pass", "rtn,pack-int4", "-o", output]);
+        assert_eq!(ran.code, 1);
+        assert!(ran.stderr.contains("is also an input"), "{}", ran.stderr);
+    }
+    assert_eq!(fs::metadata(&copy).unwrap().len(), 5_829_357);
+    assert_eq!(dir.names(), ["copy.onnx", "link.onnx", "out.onnx"]);
+}
+
+#[test]
+fn strict_accepts_what_was_asked_for() {
+    let dir = Folder::new();
+    ok(&[MODEL, "--pass", "rtn,pack-int4", "--strict", "--skip", "Gather", "-o", &dir.path("q.onnx")]);
+    assert_eq!(dir.names(), ["q.onnx"]);
+}
+
+#[test]
+fn a_pass_that_may_do_nothing() {
+    let ran = qcc(&[MODEL, "--pass", "pack-int4", "--allow-noop", "--dry-run"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+}
+
+#[test]
+fn output_does_not_depend_on_threads() {
+    let dir = Folder::new();
+    let run = |threads: &str| {
+        let out = dir.path(threads);
+        ok(&[MODEL, "--pass", "rtn,pack-int4", "-o", &out, "--emit", "onnx", "--threads", threads]);
+        fs::read(out).unwrap()
+    };
+    let one = run("1");
+    assert!(one == run("2") && one == run("7"));
+}
+
+#[test]
+fn text_is_as_good_an_input() {
+    let dir = Folder::new();
+    let (qir, direct, through) = (dir.path("m.qir"), dir.path("direct.onnx"), dir.path("through.onnx"));
+    ok(&[MODEL, "-o", &qir]);
+    assert_eq!(dir.names(), ["m.qir", "m.safetensors"]);
+    for (input, output) in [(MODEL, &direct), (qir.as_str(), &through)] {
+        ok(&[input, "--pass", "rtn,pack-int4", "-o", output]);
+    }
+    assert!(fs::read(direct).unwrap() == fs::read(through).unwrap());
+
+    // Without its weights it can be looked at, but not quantized.
+    fs::remove_file(dir.path("m.safetensors")).unwrap();
+    assert_eq!(ok(&[&qir, "--emit", "qir"]), ok(&[MODEL, "--emit", "qir"]));
+    let ran = qcc(&[&qir, "--pass", "rtn,pack-int4", "--dry-run"]);
+    assert_eq!(ran.code, 1);
+    assert!(ran.stderr.contains("without its weights"), "{}", ran.stderr);
+}
+
+#[test]
+fn weights_that_are_others_are_noticed() {
+    let dir = Folder::new();
+    let qir = dir.path("m.qir");
+    ok(&[MODEL, "-o", &qir]);
+    let weights = dir.path("m.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    // The end of the file is the last weight of the last layer, or the head.
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    let ran = qcc(&[&qir, "--pass", "rtn,pack-int4", "--dry-run"]);
+    assert_eq!(ran.code, 1);
+    assert!(ran.stderr.contains("blake3") || ran.stderr.contains("hash"), "{}", ran.stderr);
+}
+
+#[test]
+fn looking_into_passes() {
+    let run = |flags: &[&str]| {
+        let ran = qcc(&[&[MODEL, "--pass", "rtn,pack-int4", "--dry-run"], flags].concat());
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        ran
+    };
+    let shown = |flags: &[&str]| {
+        let text = run(flags).stderr;
+        let heads = text.lines().filter(|l| l.starts_with("; IR after")).map(str::to_owned);
+        (heads.collect::<Vec<_>>(), text)
+    };
+    let (heads, text) = shown(&["--print-ir-after", "rtn"]);
+    assert_eq!(heads, ["; IR after pass (1) rtn"]);
+    assert!(text.contains("quant.dequantize(") && !text.contains("MatMulNBits"));
+    let (heads, text) = shown(&["--print-ir-after=all"]);
+    assert_eq!(heads, ["; IR after pass (1) rtn", "; IR after pass (2) pack-int4"]);
+    assert!(text.contains("MatMulNBits"));
+    let (heads, _) = shown(&["--print-ir-after=changed", "--allow-noop", "--stop-after=rtn"]);
+    assert_eq!(heads, ["; IR after pass (1) rtn"]);
+
+    let diff = run(&["--print-diff"]).stderr;
+    assert!(diff.contains("--- before (1) rtn\n+++ after (1) rtn\n"), "{diff}");
+    assert!(diff.lines().any(|l| l.starts_with("-  ") && l.contains("onnx.MatMul(")));
+    assert!(diff.lines().any(|l| l.starts_with("+  ") && l.contains("com.microsoft.MatMulNBits(")));
+
+    let bisect = run(&["--bisect-limit=1"]);
+    assert_eq!(bisect.stderr, "BISECT: running pass (1) rtn\nBISECT: NOT running pass (2) pack-int4\n");
+    assert_eq!(run(&["--bisect-limit=0"]).stderr.matches("NOT running").count(), 2);
+}
+
+#[test]
+fn a_failing_pass_leaves_a_reproducer() {
+    let dir = Folder::new();
+    let repro = dir.path("repro");
+    let args = [MODEL, "--pass", "rtn,pack-int4,pack-int4", "--dry-run", "--repro", &repro];
+    let ran = qcc(&args);
+    assert_eq!(ran.code, 1);
+    assert!(ran.stderr.contains("reproducer written"), "{}", ran.stderr);
+    assert_eq!(fs::read_to_string(PathBuf::from(&repro).join("pipeline")).unwrap(), "pack-int4");
+    let again = qcc(&[&format!("{repro}/input.qir"), "--pass", "pack-int4", "--dry-run"]);
+    assert_eq!(again.code, 1);
+    let error = |s: &str| s.split("pack-int4 matched nothing").nth(1).map(str::to_owned);
+    assert!(error(&again.stderr).is_some());
+    assert_eq!(
+        error(&again.stderr),
+        error(&ran.stderr.split("reproducer").next().unwrap()).or(error(&ran.stderr))
+    );
+}
+
+#[test]
+fn the_model_says_how_it_was_made() {
+    let dir = Folder::new();
+    let (first, second) = (dir.path("1.qir"), dir.path("2.onnx"));
+    ok(&[MODEL, "--pass", "rtn", "-o", &first, "--scale-type", "f16"]);
+    ok(&[&first, "--pass", "pack-int4", "-o", &second]);
+    let json: serde_json::Value = serde_json::from_str(&ok(&["inspect", &second, "--json"])).unwrap();
+    assert_eq!(json["recipe"], "rtn{bits=4, group=32, symmetric=false} --scale-type f16; pack-int4");
+    // Without a pass, nothing is said, and nothing changes.
+    ok(&[MODEL, "-o", &first]);
+    let json: serde_json::Value = serde_json::from_str(&ok(&["inspect", &first, "--json"])).unwrap();
+    assert!(json["recipe"].is_null());
+}
+
+#[test]
+fn completions() {
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(ok(&["--completions", shell]).contains("--list-passes"));
+    }
+}
