@@ -41,7 +41,6 @@ use passes::Settings;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use thiserror::Error;
 
 /// How expected output is printed: without metadata, and with the elements of all that a reader can take in.
@@ -296,8 +295,7 @@ impl<'a> Case<'a> {
             term: Term::new(true),
             scratch: std::env::temp_dir(),
             calibration,
-            checkpoint: Mutex::new(None),
-            keep_checkpoints: false,
+            originals: None,
         };
         let options = Options { settings: self.settings()?, ..Options::default() };
         driver::run(m, &pipeline, registry, &env, &options).map(drop).map_err(|e| e.to_string())

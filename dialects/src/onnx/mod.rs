@@ -11,7 +11,7 @@ mod constant;
 mod control;
 mod conv;
 mod gather;
-mod matmul;
+pub(crate) mod matmul;
 mod movement;
 mod normalization;
 mod order;
