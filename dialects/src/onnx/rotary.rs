@@ -48,9 +48,8 @@ fn eval(cx: &EvalCx) -> Evaluated {
             let rows: Option<Vec<usize>> = p.to_i64()?.iter().map(inside).collect();
             rows.ok_or_else(|| OpError::invalid(format!("a position is not within the {max} of the caches")))?
         }
-        (None, &[b, s, _]) if (b == batch || b == 1) && s == seq => {
-            (0..batch * seq).map(|i| if b == 1 { i % seq.max(1) } else { i }).collect()
-        }
+        // Caches of one row do not stand for all rows: runtimes refuse that, as the specification does.
+        (None, &[b, s, _]) if b == batch && s == seq => (0..batch * seq).collect(),
         _ => return Err(wrong("the cosine or sine cache", cos)),
     };
     let (cos, sin) = (cos.to_f32()?, sin.to_f32()?);
