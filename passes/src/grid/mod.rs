@@ -9,11 +9,13 @@
 //! - NaN and infinities are found by the pass over the weight that quantizes it.
 
 mod block;
+mod clip;
 pub mod pack;
 mod rtn;
 
 pub use block::{At, Block, BlockOut, Float, LANES, Layout, Matrix};
-pub use rtn::{Range, Rtn, encode};
+pub use clip::Clip;
+pub use rtn::{Range, Rtn, encode, fake_quantize};
 
 use crate::qtensor::container;
 use half::f16;

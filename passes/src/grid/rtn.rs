@@ -78,7 +78,7 @@ fn asymmetric(spec: &Spec, min: f32, max: f32) -> (f32, f32) {
 
 /// Multiplies weights into steps; zero where a step is too small to be divided by.
 #[inline(always)]
-fn reciprocal(scale: f32) -> f32 {
+pub(super) fn reciprocal(scale: f32) -> f32 {
     let r = 1.0 / scale;
     if r.is_finite() { r } else { 0.0 }
 }
@@ -102,24 +102,63 @@ const WHOLE: f32 = 8_388_608.0;
 /// Just under a half: `floor(x + this)` rounds halves up and `0.49999997` down.
 const HALF: f32 = 0.499_999_97;
 
+/// The nearest code to `x` on a grid with this zero point and reciprocal of the scale.
+#[inline(always)]
+pub(super) fn code(x: f32, reciprocal: f32, zero: f32, top: f32) -> f32 {
+    let t = x * reciprocal + zero;
+    let t = if t > 0.0 { t } else { 0.0 };
+    let t = if t < top { t } else { top };
+    (t + HALF).floor()
+}
+
 /// The nearest codes to a block on the grid in `out`, packed into its words.
 pub fn encode(spec: &Spec, x: &Block, out: &mut BlockOut) -> Stats {
     let recip = out.scale.map(reciprocal);
     let top = spec.max_code() as f32;
-    let sums = nearest(x, &out.scale, &out.zero, &recip, top, spec.container(), out.words);
-    let mut stats = Stats::default();
-    for lane in 0..LANES {
-        stats.error2 += sums.error2[lane] as f64;
-        stats.weight2 += sums.weight2[lane] as f64;
-        stats.max_error = stats.max_error.max(sums.max_error[lane]);
-    }
-    stats
+    nearest(x, &out.scale, &out.zero, &recip, top, spec.container(), out.words).total()
 }
 
+/// Packs codes, given as whole numbers, on the grid in `out`.
+pub(super) fn pack(spec: &Spec, x: &Block, codes: &[[f32; LANES]], out: &mut BlockOut) -> Stats {
+    let mut sums = Sums::default();
+    let per_word = 32 / spec.container();
+    for (k, (row, codes)) in x.iter().zip(codes).enumerate() {
+        let (word, shift) = (k as u32 / per_word, k as u32 % per_word * spec.container());
+        for l in 0..LANES {
+            out.words[word as usize][l] |= (codes[l] as u32) << shift;
+            sums.add(l, row[l], (codes[l] - out.zero[l]) * out.scale[l]);
+        }
+    }
+    sums.total()
+}
+
+/// Sums of one block, one lane per output.
+#[derive(Clone, Copy, Default)]
 struct Sums {
     error2: [f32; LANES],
     weight2: [f32; LANES],
     max_error: [f32; LANES],
+}
+
+impl Sums {
+    /// A weight and what became of it.
+    #[inline(always)]
+    fn add(&mut self, l: usize, weight: f32, back: f32) {
+        let e = back - weight;
+        self.error2[l] += e * e;
+        self.weight2[l] += weight * weight;
+        self.max_error[l] = if e.abs() > self.max_error[l] { e.abs() } else { self.max_error[l] };
+    }
+
+    fn total(&self) -> Stats {
+        let mut stats = Stats::default();
+        for lane in 0..LANES {
+            stats.error2 += f64::from(self.error2[lane]);
+            stats.weight2 += f64::from(self.weight2[lane]);
+            stats.max_error = stats.max_error.max(self.max_error[lane]);
+        }
+        stats
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
@@ -132,27 +171,55 @@ fn nearest(
     container: u32,
     words: &mut [[u32; LANES]],
 ) -> Sums {
-    let mut error2 = [0.0f32; LANES];
-    let mut weight2 = [0.0f32; LANES];
-    let mut max_error = [0.0f32; LANES];
+    let mut sums = Sums::default();
     let mask = (1u32 << container) - 1;
     for (rows, word) in x.chunks(32 / container as usize).zip(words) {
         let mut packed = [0u32; LANES];
         for (i, row) in rows.iter().enumerate() {
             let shift = i as u32 * container;
             for l in 0..LANES {
-                let t = row[l] * recip[l] + zero[l];
-                let t = if t > 0.0 { t } else { 0.0 };
-                let t = if t < top { t } else { top };
-                let code = (t + HALF).floor();
+                let code = code(row[l], recip[l], zero[l], top);
                 packed[l] |= ((code + WHOLE).to_bits() & mask) << shift;
-                let e = (code - zero[l]) * scale[l] - row[l];
-                error2[l] += e * e;
-                weight2[l] += row[l] * row[l];
-                max_error[l] = if e.abs() > max_error[l] { e.abs() } else { max_error[l] };
+                sums.add(l, row[l], (code - zero[l]) * scale[l]);
             }
         }
         *word = packed;
     }
-    Sums { error2, weight2, max_error }
+    sums
+}
+
+/// Rounds rows of f32 weights, `[rows, k]` row-major, to the nearest points of their grids, in place. On this thread.
+pub fn fake_quantize(rows: &mut [f32], k: usize, spec: &Spec) {
+    if k == 0 {
+        return;
+    }
+    let top = spec.max_code() as f32;
+    let mut x = vec![[0.0; LANES]; spec.group_size.min(k)];
+    for rows in rows.chunks_mut(LANES * k) {
+        let lanes = rows.len() / k;
+        for start in (0..k).step_by(spec.group_size) {
+            let end = k.min(start + spec.group_size);
+            let x = &mut x[..end - start];
+            for l in 0..lanes {
+                let row = &rows[l * k..][start..end];
+                x.iter_mut().zip(row).for_each(|(x, &w)| x[l] = w);
+            }
+            let (scale, zero) = Range::of(x).grid(spec);
+            round(x, &scale, &zero, top);
+            for l in 0..lanes {
+                let row = &mut rows[l * k..][start..end];
+                row.iter_mut().zip(&*x).for_each(|(w, x)| *w = x[l]);
+            }
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn round(x: &mut Block, scale: &[f32; LANES], zero: &[f32; LANES], top: f32) {
+    let recip = scale.map(reciprocal);
+    for row in x {
+        for l in 0..LANES {
+            row[l] = (code(row[l], recip[l], zero[l], top) - zero[l]) * scale[l];
+        }
+    }
 }

@@ -272,3 +272,19 @@ proptest! {
         }
     }
 }
+
+/// Fake quantization is quantization and back.
+#[test]
+fn fake_quantization_agrees() {
+    for (k, group) in [(50, 16), (64, 32), (20, 20)] {
+        let n = 21;
+        let w: Vec<f32> = (0..n * k).map(|i| ((i * 7919) % 1013) as f32 / 500.0 - 0.9).collect();
+        for symmetric in [false, true] {
+            let spec = spec(4, group, symmetric);
+            let want = run(&nk(&bytes(&w), n, k), &spec).unwrap().floats(&spec, n, k);
+            let mut got = w.clone();
+            fake_quantize(&mut got, k, &spec);
+            assert_eq!(got, want);
+        }
+    }
+}
