@@ -3,6 +3,7 @@
 //! A pass is either exact (the same function over the reals) or lossy, and says which. It sees the outside
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
+pub mod awq;
 pub mod const_fold;
 pub mod dce;
 pub mod eqsat;
@@ -207,6 +208,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<const_fold::ConstFold>("const-fold"),
     || PassDef::of::<dce::Dce>("dce"),
     || PassDef::of::<rtn::Rtn>("rtn"),
+    || PassDef::of::<awq::Awq>("awq"),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
     || PassDef::of::<raise_opset::RaiseOpset>("raise-opset"),

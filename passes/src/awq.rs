@@ -1,0 +1,420 @@
+//! `awq`: activation-aware weight quantization (Lin et al., "AWQ", MLSys 2024, section 3).
+//!
+//! Linears that read one value `x` share a scale `s` per channel: `x W = (x / s) (s W)`. Channels with large
+//! activations get large scales, so that their weights lose less. Whether and where `x / s` costs nothing is asked of
+//! the e-graph first; a scale with no place is not searched for. Of the scales `rms(x)^alpha` the one is taken whose
+//! rounded weights have the least error of the group's *output* over the calibration data, which the Gram matrix of
+//! the activations gives exactly. Then each group of weights is clipped for the same error.
+
+use crate::eqsat::{self, Placement};
+use crate::gram::{self, Gram, quadratic_of};
+use crate::grid::{self, Clip, Float, Layout, Matrix, Parts, Quantizer};
+use crate::quantize::{GridOptions, Notes, Shared, candidates, dequantize, quantize_matrix};
+use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
+use dialects::ir::{Module, Op, OpBuilder, Use, Value};
+use dialects::tensor::Tensor;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+/// The pass and its options.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Awq {
+    /// The grid.
+    #[serde(flatten)]
+    pub options: GridOptions,
+    /// Steps of the scale's exponent between 0 and 1; 0 searches for no scale.
+    pub grid: u32,
+    /// Whether each group's range is chosen for the least output error, or spans its weights.
+    pub clip: bool,
+    /// Which weights.
+    #[serde(flatten)]
+    pub filter: Filter,
+}
+
+impl Default for Awq {
+    fn default() -> Awq {
+        Awq { options: GridOptions::default(), grid: 20, clip: true, filter: Filter::default() }
+    }
+}
+
+const NAME: &str = "awq";
+
+/// Rows of each weight that the search looks at, evenly spaced; more would not change which scale wins.
+const SEARCH_ROWS: usize = 512;
+
+/// A scale must bring the error of rounding below this share of what it is without one: clipping afterwards finds most
+/// of what a small gain promises, and a scale that promises no more only moves error around.
+const WORTH: f64 = 0.9;
+
+impl Pass for Awq {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "quantizes weights after scaling their channels by what the activations need, and clipping"
+    }
+
+    fn exactness(&self) -> Exactness {
+        Exactness::Lossy
+    }
+
+    fn consumes(&self) -> OpSet {
+        OpSet::from(["onnx.MatMul", "onnx.Gemm"])
+    }
+
+    fn produces(&self) -> OpSet {
+        OpSet::from(["quant.dequantize"])
+    }
+
+    fn needs_calibration(&self) -> bool {
+        true
+    }
+
+    fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
+        self.options.check(NAME)?;
+        let groups = groups(candidates(m, cx, &self.filter));
+        if groups.is_empty() {
+            if cx.settings.allow_noop {
+                return Ok(Changed::No);
+            }
+            let why = "no MatMul or Gemm with a constant float weight is left to quantize".into();
+            return Err(PassError::Nothing { pass: NAME, why });
+        }
+        let first = cx.report.weights.len();
+        let progress = cx.env.progress(NAME, groups.len() as u64);
+        // Backwards: a scale lands in weights before its linear, which must be float still, and leaves the
+        // activations before them as they were.
+        let backwards = groups.iter().rev().map(|g| (g.x, g.k)).collect();
+        for run in gram::runs(backwards, |&(_, k)| k, gram::BUDGET) {
+            let mut grams = gram::collect(m, cx, &run, NAME)?;
+            for (x, k) in run {
+                let gram = grams.remove(&x).expect("every wanted value was collected");
+                self.group(m, cx, x, k, &gram)?;
+                if !progress.advance(1) {
+                    return Err(PassError::Env("interrupted".into()));
+                }
+            }
+        }
+        let ops = m.live_ops();
+        let place = |node: &str| ops.iter().position(|&op| *m.ops[op].loc == *node);
+        cx.report.weights[first..].sort_by_cached_key(|w| place(&w.node));
+        cx.count("quantized weights", (cx.report.weights.len() - first) as u64);
+        Ok(Changed::Yes)
+    }
+}
+
+/// Weights whose linears read one value.
+struct Group {
+    x: Value,
+    k: usize,
+    weights: Vec<Shared>,
+    /// Some weight is also multiplied with another value, and cannot be scaled for this one.
+    mixed: bool,
+}
+
+/// Groups weights by the value that they multiply, in program order.
+fn groups(weights: Vec<Shared>) -> Vec<Group> {
+    let mut out: Vec<Group> = Vec::new();
+    for w in weights {
+        let x = w.first().x;
+        let mixed = w.uses.iter().any(|l| l.x != x);
+        match out.iter_mut().find(|g| g.x == x && g.k == w.first().k) {
+            Some(g) => {
+                g.mixed |= mixed;
+                g.weights.push(w);
+            }
+            None => out.push(Group { x, k: w.first().k, weights: vec![w], mixed }),
+        }
+    }
+    out
+}
+
+/// A float weight, `[N, K]` row-major.
+struct Rows {
+    n: usize,
+    values: Vec<f32>,
+}
+
+impl Awq {
+    fn group(
+        &self,
+        m: &mut Module,
+        cx: &mut PassCx,
+        x: Value,
+        k: usize,
+        gram: &Gram,
+    ) -> Result<(), PassError> {
+        // Folding a later group's scale may have put new ops in the place of these linears.
+        let found = groups(candidates(m, cx, &self.filter)).into_iter().find(|g| g.x == x && g.k == k);
+        let Some(group) = &found else {
+            let why = "this is a bug: the linears that read it are gone".into();
+            return Err(PassError::At { pass: NAME, what: m.value_label(x), why });
+        };
+        let weights: Vec<Rows> = group.weights.iter().map(|w| rows(m, w)).collect::<Result<_, _>>()?;
+        let placement = self.placement(m, cx, group);
+        let (scale, notes) = match &placement {
+            Err(why) => (None, vec![format!("no scale: {why}")]),
+            Ok(p) => match self.search(&weights, gram, p.freedom.as_deref(), cx) {
+                Some(scale) => (Some(scale), vec![format!("scale in {}", p.sites.join(", "))]),
+                None => (None, vec!["no scale: none is better than one".to_string()]),
+            },
+        };
+        let ones = vec![1.0; group.k];
+        let s = scale.as_deref().unwrap_or(&ones);
+        let exact = gram.to_f32();
+        for (shared, w) in group.weights.iter().zip(weights) {
+            let at = cx.report.weights.len();
+            let q = self.quantize(m, cx, shared, &w, s, gram, notes.clone())?;
+            let off = |from: usize, out: &mut [f32]| {
+                let at = from * group.k;
+                for (i, e) in out.iter_mut().enumerate() {
+                    *e = q[at + i] / s[i % group.k] - w.values[at + i];
+                }
+            };
+            let plain = |from: usize, out: &mut [f32]| {
+                out.copy_from_slice(&w.values[from * group.k..][..out.len()]);
+            };
+            let error = quadratic_of(w.n, group.k, &exact, off);
+            let signal = quadratic_of(w.n, group.k, &exact, plain);
+            cx.report.weights[at].output_error = (signal > 0.0).then(|| (error.max(0.0) / signal).sqrt());
+        }
+        match scale {
+            Some(scale) => divide(m, cx, group, &scale),
+            None => Ok(()),
+        }
+    }
+
+    /// Where a scale on the group's value may go, or why it may not.
+    fn placement(&self, m: &Module, cx: &PassCx, group: &Group) -> Result<Placement, String> {
+        if self.grid == 0 {
+            return Err("the search is off (grid=0)".into());
+        }
+        if group.mixed {
+            return Err("a weight is multiplied with several values".into());
+        }
+        if cx.settings.tied_shared && group.weights.iter().any(|w| is_tied(m, w)) {
+            return Err("the weight is shared with an embedding".into());
+        }
+        let consumers: Vec<Op> = group.weights.iter().flat_map(|w| w.uses.iter().map(|l| l.op)).collect();
+        let p = eqsat::place(m, cx.ops, group.x, &consumers);
+        match &p.why_not {
+            Some(_) if cx.settings.allow_mul => {
+                Ok(Placement { sites: vec!["a Mul that stays".into()], ..Placement::default() })
+            }
+            Some(why) => Err(why.clone()),
+            None => Ok(p),
+        }
+    }
+
+    /// The scale of least output error, when it is worth it. `freedom` ties channels of equal class.
+    fn search(
+        &self,
+        weights: &[Rows],
+        gram: &Gram,
+        freedom: Option<&[u32]>,
+        cx: &PassCx,
+    ) -> Option<Vec<f32>> {
+        let sampled: Vec<Rows> = weights.iter().map(|w| sample(w, gram.k)).collect();
+        let exact = gram.to_f32();
+        let rms = rms(gram, freedom);
+        let spec = self.options.spec(gram.k, cx.settings.f16_scales);
+        let error = |i: u32| {
+            let s = scale(&rms, i as f32 / self.grid as f32);
+            (rounding_error(&sampled, &exact, &s, &spec), s)
+        };
+        let mut tried: Vec<(f64, Vec<f32>)> = (0..=self.grid).into_par_iter().map(error).collect();
+        let best = (0..tried.len()).min_by(|&a, &b| tried[a].0.total_cmp(&tried[b].0))?;
+        (tried[best].0 < WORTH * tried[0].0).then(|| tried.swap_remove(best).1)
+    }
+
+    /// Quantizes one weight under the scale `s` and returns what its codes stand for, `[N, K]`.
+    #[allow(clippy::too_many_arguments)]
+    fn quantize(
+        &self,
+        m: &mut Module,
+        cx: &mut PassCx,
+        shared: &Shared,
+        w: &Rows,
+        s: &[f32],
+        gram: &Gram,
+        notes: Vec<String>,
+    ) -> Result<Vec<f32>, PassError> {
+        let scaled = scaled(w, s);
+        let bytes = bytemuck::cast_slice(&scaled);
+        let matrix = Matrix { bytes, float: Float::F32, layout: Layout::Nk, n: w.n, k: gram.k };
+        let notes = Notes { method: NAME.into(), output_error: None, notes };
+        let q =
+            match self.clip {
+                true => {
+                    let spec = self.options.spec(gram.k, cx.settings.f16_scales);
+                    let clip = Clip::new(&gram.divided(s).sums, gram.k, &spec).map_err(|e| {
+                        PassError::At { pass: NAME, what: shared.label(m), why: e.to_string() }
+                    })?;
+                    quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &clip, notes)?
+                }
+                false => quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &grid::Rtn, notes)?,
+            };
+        dequantize(&q.0)
+    }
+}
+
+/// Inserts `x / s` before the group's linears and has it folded away.
+fn divide(m: &mut Module, cx: &mut PassCx, group: &Group, s: &[f32]) -> Result<(), PassError> {
+    let mut ops: Vec<Op> = group.weights.iter().flat_map(|w| w.uses.iter().map(|l| l.op)).collect();
+    ops.sort_by_key(|op| m.regions[m.ops[*op].region].ops.iter().position(|o| o == op));
+    let (first, ty) = (ops[0], m.ty(group.x).clone());
+    let (region, loc) = (m.ops[first].region, m.ops[first].loc.clone());
+    let what = m.value_label(group.x);
+    let inverse: Vec<f32> = s.iter().map(|s| 1.0 / s).collect();
+    let inverse = Tensor::new(&[s.len()], inverse).expect("one entry per channel");
+    let elem = ty.elem().unwrap_or(dialects::ir::Elem::F32);
+    let inverse = Tensor::from_f32(elem, &[s.len()], inverse.f32s().expect("it is f32").to_vec())
+        .map_err(|e| PassError::At { pass: NAME, what: what.clone(), why: e.to_string() })?;
+    let inverse = m.add_const(region, m.fresh_name(&format!("{what}.awq")), inverse.to_const());
+    let mul =
+        m.insert_before(first, OpBuilder::new("onnx.Mul", &loc).operands([group.x, inverse]).result(ty));
+    let scaled = m.ops[mul].result(0).expect("a Mul has a result");
+    for op in ops {
+        for operand in m.ops[op].operands.iter_mut().filter(|v| **v == Some(group.x)) {
+            *operand = Some(scaled);
+        }
+    }
+    eqsat::fold(m, cx, mul, NAME)
+}
+
+/// Whether the weight is also what a Gather reads.
+fn is_tied(m: &Module, w: &Shared) -> bool {
+    let konst = w.first().konst;
+    let gather = |u: &Use| matches!(u, Use::Operand(op, 0) if m.ops[*op].is("onnx.Gather"));
+    let uses = m.uses();
+    m.values.keys().any(|v| m.const_of(v) == Some(konst) && uses.of(v).iter().any(gather))
+}
+
+/// The root mean square of each channel of the activations; tied channels share theirs.
+fn rms(gram: &Gram, freedom: Option<&[u32]>) -> Vec<f32> {
+    let mut squares: Vec<f64> = gram.diagonal().into_iter().map(|x| x / gram.rows.max(1) as f64).collect();
+    if let Some(classes) = freedom {
+        let mut pool = vec![(0f64, 0usize); classes.iter().max().map_or(0, |&c| c as usize + 1)];
+        for (&c, x) in classes.iter().zip(&squares) {
+            pool[c as usize].0 += x;
+            pool[c as usize].1 += 1;
+        }
+        for (&c, x) in classes.iter().zip(&mut squares) {
+            *x = pool[c as usize].0 / pool[c as usize].1 as f64;
+        }
+    }
+    squares.iter().map(|x| x.sqrt() as f32).collect()
+}
+
+/// `rms^alpha`, with the geometric middle of its range at 1. A channel without activations has 1.
+fn scale(rms: &[f32], alpha: f32) -> Vec<f32> {
+    let raw: Vec<Option<f32>> = rms.iter().map(|&r| (r > 0.0).then(|| r.powf(alpha))).collect();
+    let (least, most) = raw.iter().flatten().fold((f32::MAX, 0f32), |(a, b), &x| (a.min(x), b.max(x)));
+    let middle = least.sqrt() * most.sqrt();
+    // Beyond these bounds a channel would vanish from its group, or take it over.
+    let entry = |x: &Option<f32>| x.map_or(1.0, |x| (x / middle).clamp(1e-4, 1e4));
+    if middle.is_finite() && middle > 0.0 { raw.iter().map(entry).collect() } else { vec![1.0; raw.len()] }
+}
+
+/// The output error of weights rounded to nearest under the scale `s`; `gram` is that of the activations before it.
+fn rounding_error(weights: &[Rows], gram: &[f32], s: &[f32], spec: &grid::Spec) -> f64 {
+    let k = s.len();
+    let error = |w: &Rows| {
+        let scaled = scaled(w, s);
+        let Ok(mut e) = rounded(&scaled, w.n, k, spec, &grid::Rtn) else { return f64::INFINITY };
+        for (i, (e, x)) in e.iter_mut().zip(&scaled).enumerate() {
+            *e = (*e - x) / s[i % k];
+        }
+        quadratic_of(w.n, k, gram, |from, out| out.copy_from_slice(&e[from * k..][..out.len()]))
+    };
+    weights.iter().map(error).sum()
+}
+
+/// The weight of a linear, `[N, K]`.
+fn rows(m: &Module, shared: &Shared) -> Result<Rows, PassError> {
+    let l = shared.first();
+    let fail = |why: String| PassError::At { pass: NAME, what: shared.label(m), why };
+    let t = Tensor::from_const(&m.consts[l.konst]).map_err(|e| fail(e.to_string()))?;
+    let values = t.to_f32().map_err(|e| fail(e.to_string()))?;
+    if let Some(i) = values.iter().position(|x| !x.is_finite()) {
+        let count = values.iter().filter(|x| !x.is_finite()).count();
+        return Err(fail(format!(
+            "{count} of {} weights are NaN or infinite, the first at {i}",
+            values.len()
+        )));
+    }
+    let values = match l.rows_are_outputs {
+        true => values.into_owned(),
+        false => {
+            let mut out = vec![0f32; l.n * l.k];
+            out.par_chunks_mut(l.k).enumerate().for_each(|(n, row)| {
+                row.iter_mut().enumerate().for_each(|(k, x)| *x = values[k * l.n + n]);
+            });
+            out
+        }
+    };
+    Ok(Rows { n: l.n, values })
+}
+
+/// At most [`SEARCH_ROWS`] rows, evenly spaced.
+fn sample(w: &Rows, k: usize) -> Rows {
+    let n = w.n.min(SEARCH_ROWS);
+    let values = (0..n).flat_map(|i| w.values[i * w.n / n * k..][..k].iter().copied()).collect();
+    Rows { n, values }
+}
+
+/// The weight with every channel multiplied by its entry of `s`.
+fn scaled(w: &Rows, s: &[f32]) -> Vec<f32> {
+    w.values.chunks_exact(s.len()).flat_map(|row| row.iter().zip(s).map(|(x, s)| x * s)).collect()
+}
+
+/// What the codes of a weight `[n, k]` stand for.
+fn rounded<Q: Quantizer>(
+    values: &[f32],
+    n: usize,
+    k: usize,
+    spec: &grid::Spec,
+    method: &Q,
+) -> Result<Vec<f32>, grid::GridError> {
+    let w = Matrix { bytes: bytemuck::cast_slice(values), float: Float::F32, layout: Layout::Nk, n, k };
+    let (bytes, groups) =
+        spec.lens(n, k).ok_or_else(|| grid::GridError::Spec("the matrix is too large".into()))?;
+    let (mut codes, mut scales) = (vec![0u8; bytes], vec![0f32; groups]);
+    let mut zeros = vec![spec.middle() as u8; groups];
+    let zero_points = if spec.symmetric { None } else { Some(&mut zeros[..]) };
+    grid::quantize(&w, spec, method, Parts { codes: &mut codes, scales: &mut scales, zero_points })?;
+    let mut out = vec![0f32; n * k];
+    grid::pack::dequantize(spec, n, k, &codes, &scales, &zeros, &mut out)?;
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gram(squares: [f64; 4]) -> Gram {
+        let mut g = Gram::new(4);
+        g.rows = 1;
+        squares.iter().enumerate().for_each(|(i, x)| g.sums[i * 5] = *x);
+        g
+    }
+
+    #[test]
+    fn scales_follow_activations() {
+        let r = rms(&gram([1.0, 1.0, 16.0, 0.0]), None);
+        assert_eq!(r, [1.0, 1.0, 4.0, 0.0]);
+        // With alpha 1 the middle of the range 1..4 is 2. The dead channel keeps 1.
+        assert_eq!(scale(&r, 1.0), [0.5, 0.5, 2.0, 1.0]);
+        assert_eq!(scale(&r, 0.0), [1.0; 4]);
+        assert_eq!(scale(&[0.0; 3], 1.0), [1.0; 3]);
+    }
+
+    #[test]
+    fn tied_channels_have_one_scale() {
+        let r = rms(&gram([1.0, 7.0, 9.0, 9.0]), Some(&[0, 1, 0, 1]));
+        assert_eq!((r[0] * r[0], r[1] * r[1]), (5.0, 8.0));
+        assert_eq!((r[0], r[1]), (r[2], r[3]));
+    }
+}
