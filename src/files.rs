@@ -124,13 +124,15 @@ fn same_file(a: &Path, _: &Metadata, b: &Path, _: &Metadata) -> bool {
 /// Temporary files that are being written.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Removes every temporary file that is being written. Call it before leaving on an interrupt.
+/// Removes every temporary file that is being written, and lets no other one be started: call it right before leaving
+/// on an interrupt.
 pub fn remove_unfinished() {
     let mut list = UNFINISHED.lock().unwrap_or_else(|e| e.into_inner());
     for path in list.drain(..) {
         // Best effort on the way out: there is nobody left to tell.
         let _ = fs::remove_file(path);
     }
+    std::mem::forget(list);
 }
 
 /// A file being written. Dropped without [`OutputFile::commit`], it leaves nothing behind.
