@@ -158,7 +158,7 @@ impl Awq {
             Err(why) => (None, vec![format!("no scale: {why}")]),
             Ok(p) => match self.search(&weights, gram, p.freedom.as_deref(), cx) {
                 Some(scale) => (Some(scale), vec![format!("scale in {}", p.sites.join(", "))]),
-                None => (None, vec!["no scale: none is better than one".to_string()]),
+                None => (None, vec!["no scale: none lowers the error of rounding by a tenth".to_string()]),
             },
         };
         let ones = vec![1.0; group.k];

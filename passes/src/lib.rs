@@ -18,6 +18,7 @@ pub mod raise_opset;
 pub mod report;
 pub mod rewrite;
 pub mod rtn;
+pub mod tied;
 
 use dialects::exec::ExecError;
 use dialects::ir::{Module, Op, OpName, Value};

@@ -6,7 +6,7 @@
 
 use crate::qtensor::{Placed, QTensor, constant, container, read};
 use crate::rewrite::{Patch, apply};
-use crate::{Changed, Exactness, OpSet, Pass, PassCx, PassError};
+use crate::{Changed, Exactness, OpSet, Pass, PassCx, PassError, tied};
 use dialects::ir::{ConstData, Dim, Elem, Module, Op, OpBuilder, TensorType, Type, Use, Value};
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,9 @@ use serde::{Deserialize, Serialize};
 pub struct PackInt4 {}
 
 const NAME: &str = "pack-int4";
+
+/// The counter of embeddings that share a head's blob.
+const SHARED: &str = "shared embeddings";
 
 impl Pass for PackInt4 {
     fn name(&self) -> &'static str {
@@ -51,6 +54,9 @@ impl Pass for PackInt4 {
             let why = "no quantized weights are there to pack; quantize first, as in `rtn,pack-int4`".into();
             return Err(PassError::Nothing { pass: NAME, why });
         }
+        if cx.settings.tied_shared && !cx.report.counts.contains_key(SHARED) {
+            cx.report.warn("--tied shared: no packed weight is also an embedding, so nothing is shared");
+        }
         if packed > 0 {
             m.opsets.entry("com.microsoft".into()).or_insert(1);
         }
@@ -80,6 +86,16 @@ fn pack(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result
         };
         replace(m, cx, op, operands)?;
         packed += 1;
+    }
+    if let (Some(w), true) = (&operands, cx.settings.tied_shared) {
+        let shared = tied::share(m, NAME, &w.packed(&placed.label), placed.op)?;
+        if shared > 0 {
+            cx.count(SHARED, shared);
+        }
+        let entry = cx.report.weights.iter_mut().find(|r| r.weight == placed.label);
+        if let (Some(entry), true) = (entry, shared > 0) {
+            entry.notes.push("also serves the embedding".into());
+        }
     }
     if m.uses().of(weight).is_empty() {
         m.erase(placed.op);
@@ -175,6 +191,21 @@ impl Operands {
             }
         };
         Ok(Operands { b, scales, zero_points, n: q.n, k: q.k, bits, block, elem: placed.elem, bytes })
+    }
+}
+
+impl Operands {
+    fn packed<'a>(&self, label: &'a str) -> tied::Packed<'a> {
+        tied::Packed {
+            label,
+            codes: self.b,
+            scales: self.scales,
+            zero_points: self.zero_points,
+            n: self.n,
+            k: self.k,
+            bits: self.bits,
+            block: self.block,
+        }
     }
 }
 
