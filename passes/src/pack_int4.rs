@@ -8,6 +8,7 @@ use crate::qtensor::{Placed, QTensor, constant, container, read};
 use crate::rewrite::{Patch, apply};
 use crate::{Changed, Exactness, OpSet, Pass, PassCx, PassError, tied};
 use dialects::ir::{ConstData, Dim, Elem, Module, Op, OpBuilder, TensorType, Type, Use, Value};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// The pass; it has no options of its own.
@@ -152,13 +153,13 @@ impl Operands {
         let block = q.block(NAME, &placed.label)?;
         let blocks = q.k.div_ceil(block);
         let b = blocked_codes(q, block)?;
-        let per_block = |c: &ConstData| q.spread(&read(c)?, block, c.elem.bits() / 8);
+        let per_block = |c: &ConstData| q.spread(read(c)?, block, c.elem.bits() / 8);
         let dims = vec![q.n as u64, blocks as u64];
         let mut scales = constant(q.scales.elem, dims.clone(), per_block(&q.scales)?);
         // Without zero points the kernel takes the middle of the container, which is the middle of the codes only
         // where they fill it.
         let needed = q.zero_points.is_some() || bits != q.bits;
-        let zero_points = needed.then(|| q.spread(&q.zero_point_bytes()?, block, 1)).transpose()?;
+        let zero_points = needed.then(|| q.spread(q.zero_point_bytes()?, block, 1)).transpose()?;
         let zero_points = zero_points.map(|z| {
             let row = (blocks * bits as usize).div_ceil(8);
             constant(Elem::U8, vec![q.n as u64, row as u64], pack_rows(&z, blocks, bits))
@@ -282,9 +283,18 @@ fn blocked_codes(q: &QTensor, block: usize) -> Result<ConstData, PassError> {
 
 /// Packs codes of one byte each, `per_row` to a row, low-first; every row starts a byte.
 fn pack_rows(codes: &[u8], per_row: usize, bits: u32) -> Vec<u8> {
+    if bits == 8 {
+        return codes.to_vec();
+    }
     let per_byte = (8 / bits) as usize;
-    let byte = |c: &[u8]| c.iter().rev().fold(0u8, |b, &x| if bits == 8 { x } else { b << bits | x });
-    codes.chunks_exact(per_row).flat_map(|row| row.chunks(per_byte).map(byte)).collect()
+    let row = per_row.div_ceil(per_byte);
+    let mut out = vec![0u8; codes.len() / per_row.max(1) * row];
+    out.par_chunks_mut(row.max(1)).zip(codes.par_chunks(per_row.max(1))).for_each(|(out, codes)| {
+        for (byte, codes) in out.iter_mut().zip(codes.chunks(per_byte)) {
+            *byte = codes.iter().rev().fold(0, |b, &x| b << bits | x);
+        }
+    });
+    out
 }
 
 fn to_f16(scales: &ConstData, label: &str) -> Result<ConstData, PassError> {
@@ -334,6 +344,6 @@ mod tests {
         let b = read(&blocked_codes(&q, 16).unwrap()).unwrap();
         assert_eq!(&b[..16], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0, 0, 0, 0]);
         assert_eq!(&b[16..26], &(10..20).collect::<Vec<u8>>()[..]);
-        assert_eq!(q.spread(&[7, 9], 16, 1).unwrap(), [7, 7, 9, 9]);
+        assert_eq!(q.spread(vec![7, 9].into(), 16, 1).unwrap()[..], [7, 7, 9, 9]);
     }
 }

@@ -123,8 +123,8 @@ impl Columns {
         let block = q.block(NAME, &placed.label)?;
         let blocks = q.k.div_ceil(block);
         let size = q.scales.elem.bits() / 8;
-        let scales = transpose(&q.spread(&read(&q.scales)?, block, size)?, blocks, size);
-        let zero_points = transpose(&q.spread(&q.zero_point_bytes()?, block, 1)?, blocks, 1);
+        let scales = transpose(&q.spread(read(&q.scales)?, block, size)?, blocks, size);
+        let zero_points = transpose(&q.spread(q.zero_point_bytes()?, block, 1)?, blocks, 1);
         let per_block = vec![blocks as u64, q.n as u64];
         let consts = [
             constant(elem, vec![q.k as u64, q.n as u64], codes(q, bits)?),

@@ -2,6 +2,7 @@
 //! in the graph (`quant.dequantize`). Every output form is a view packed from it.
 
 use crate::PassError;
+use bytes::Bytes;
 use dialects::ir::{Attr, ConstData, Elem, Module, Op, OpBuilder, Type, Value};
 use std::sync::Arc;
 
@@ -151,18 +152,22 @@ impl QTensor {
         })
     }
 
-    /// Repeats each group's entry of `size` bytes for every block of the group: `[N, groups]` to `[N, blocks]`.
-    pub fn spread(&self, bytes: &[u8], block: usize, size: usize) -> Result<Vec<u8>, PassError> {
+    /// Repeats each group's entry of `size` bytes for every block of the group: `[N, groups]` to `[N, blocks]`. The
+    /// bytes themselves where blocks are groups.
+    pub fn spread(&self, bytes: Bytes, block: usize, size: usize) -> Result<Bytes, PassError> {
         let (groups, blocks) = (self.groups(), self.k.div_ceil(block));
         if bytes.len() != self.n * groups * size {
             return Err(PassError::Env("a quantized weight has a scale or zero point too few".into()));
+        }
+        if groups == blocks {
+            return Ok(bytes);
         }
         let entry = |i: usize| (i / blocks * groups + i % blocks * block / self.group_size) * size;
         Ok((0..self.n * blocks).flat_map(|i| bytes[entry(i)..][..size].iter().copied()).collect())
     }
 
     /// Zero points, one per group, given or not.
-    pub fn zero_point_bytes(&self) -> Result<bytes::Bytes, PassError> {
+    pub fn zero_point_bytes(&self) -> Result<Bytes, PassError> {
         match &self.zero_points {
             Some(z) => read(z),
             None => Ok(vec![self.middle(); self.n * self.groups()].into()),
@@ -171,13 +176,13 @@ impl QTensor {
 }
 
 /// The bytes of a constant of a quantized tensor.
-pub fn read(c: &ConstData) -> Result<bytes::Bytes, PassError> {
+pub fn read(c: &ConstData) -> Result<Bytes, PassError> {
     c.read().map_err(|e| PassError::Env(format!("a quantized weight cannot be read: {e}")))
 }
 
 /// A u8 or float constant made from bytes whose length is known to fit.
-pub fn constant(elem: Elem, dims: Vec<u64>, bytes: Vec<u8>) -> ConstData {
-    ConstData::new(elem, dims, Arc::new(bytes::Bytes::from(bytes))).expect("the caller fits bytes to shape")
+pub fn constant(elem: Elem, dims: Vec<u64>, bytes: impl Into<Bytes>) -> ConstData {
+    ConstData::new(elem, dims, Arc::new(bytes.into())).expect("the caller fits bytes to shape")
 }
 
 fn blob(group_size: usize, bits: u32) -> usize {
