@@ -305,6 +305,22 @@ fn the_model_says_how_it_was_made() {
 }
 
 #[test]
+fn a_check_tells_wiring_from_rounding_and_leaves_no_trace() {
+    let dir = Folder::new();
+    let (plain, checked) = (dir.path("plain.onnx"), dir.path("checked.onnx"));
+    ok(&[MODEL, "--pass", "rtn,pack-int4", "-o", &plain]);
+    let json = ok(&[MODEL, "--pass", "rtn,pack-int4", "-o", &checked, "--check", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let check = |pass: usize, what: &str| json["passes"][pass]["check"][what].as_f64();
+    assert!(check(0, "wiring").unwrap() < 1e-5 && check(1, "wiring").unwrap() < 1e-5, "{json}");
+    let rounding = check(0, "quantization").unwrap();
+    assert!(rounding > 1e-2 && rounding < 0.3, "{rounding}");
+    assert_eq!((check(1, "quantization"), check(0, "activations")), (None, None));
+    assert!(check(1, "activations").unwrap() > 1e-3);
+    assert!(fs::read(plain).unwrap() == fs::read(checked).unwrap());
+}
+
+#[test]
 fn completions() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(ok(&["--completions", shell]).contains("--list-passes"));

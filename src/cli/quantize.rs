@@ -170,7 +170,8 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let env = env(args, cx, &pipeline, &m)?;
     let options = options(args);
     let mut outcome = driver::run(&mut m, &pipeline, &cx.registry, &env, &options)?;
-    let calibration = env.calibration.as_ref();
+    // Samples for `--check` alone leave no trace in the output.
+    let calibration = env.calibration.as_ref().filter(|_| needs_data(&pipeline));
     for w in loaded.warnings.iter().chain(calibration.iter().flat_map(|c| &c.warnings)) {
         outcome.report.warn(w.clone());
     }
@@ -232,8 +233,12 @@ fn preset(name: &str) -> Result<&'static str, Error> {
     ))
 }
 
+fn needs_data(pipeline: &Pipeline) -> bool {
+    pipeline.steps.iter().any(|s| s.pass.needs_calibration())
+}
+
 fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<DriverEnv, Error> {
-    let needed = pipeline.steps.iter().any(|s| s.pass.needs_calibration());
+    let needed = needs_data(pipeline);
     let mut data = args.calibration.clone();
     if !needed && data.calib.is_none() {
         // A check alone does well with noise.
