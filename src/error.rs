@@ -35,7 +35,7 @@ pub enum Error {
         /// What is wrong.
         problem: dialects::ir::parse::ParseError,
         /// The text.
-        text: miette::NamedSource<String>,
+        text: Box<miette::NamedSource<String>>,
     },
     /// A file of tokens is wrong.
     #[error("{0}")]
@@ -167,7 +167,7 @@ impl miette::Diagnostic for Error {
     fn source_code(&self) -> Option<&dyn miette::SourceCode> {
         match self {
             Error::Pipeline(e) => e.source_code(),
-            Error::Qir { text, .. } => Some(text),
+            Error::Qir { text, .. } => Some(&**text),
             _ => None,
         }
     }

@@ -339,8 +339,7 @@ impl<'a> Case<'a> {
                 return self.fail(format!("{} outputs became {}", before.len(), after.len()));
             }
             let (error, output) = check::error(&before, &after);
-            // Written so that a NaN fails.
-            if !(error <= tolerance) {
+            if error.is_nan() || error > tolerance {
                 let name = a.value_label(a.regions[a.top].results[output]);
                 return self.fail(format!(
                     "output {name:?} differs by {error:.2e} (relative), where {tolerance:.0e} is allowed"

@@ -45,7 +45,7 @@ pub fn read(path: &Path) -> Result<Loaded, Error> {
         Ok(parsed) => parsed.module,
         Err(problem) => {
             let text = miette::NamedSource::new(path.display().to_string(), text.to_string());
-            return Err(Error::Qir { path: path.to_owned(), problem, text });
+            return Err(Error::Qir { path: path.to_owned(), problem, text: Box::new(text) });
         }
     };
     let weights = weights_path(path);

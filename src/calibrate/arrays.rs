@@ -82,7 +82,7 @@ impl Arrays {
             return Ok(1);
         }
         if let Some((name, batch)) = fixed.next() {
-            if batch == 0 || self.order.len() % batch != 0 {
+            if batch == 0 || !self.order.len().is_multiple_of(batch) {
                 let found = self.order.len();
                 return Err(format!(
                     "the input {name:?} takes {batch} samples at once, and {found} do not divide"

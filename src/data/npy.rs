@@ -85,11 +85,11 @@ pub fn read(path: &Path) -> Result<Array, NpyError> {
     parse(&bytes).map_err(|what| NpyError::Bad { path: path.to_owned(), what })
 }
 
+/// Arrays with their names, and the names of all arrays in the file.
+type Named = (Vec<(String, Array)>, Vec<String>);
+
 /// Reads the arrays of a `.npz` file whose names `keep` accepts, in the archive's order, and the names of all.
-pub fn read_npz(
-    path: &Path,
-    keep: impl Fn(&str) -> bool,
-) -> Result<(Vec<(String, Array)>, Vec<String>), NpyError> {
+pub fn read_npz(path: &Path, keep: impl Fn(&str) -> bool) -> Result<Named, NpyError> {
     let bytes = files::map(path)?;
     let bad = |what: String| NpyError::Bad { path: path.to_owned(), what };
     let limit = (bytes.len() as u64).saturating_mul(MAX_DEFLATE);

@@ -76,7 +76,7 @@ pub struct Rows {
 impl Rows {
     /// Rows of `len` tokens each; `ids.len()` is a multiple of `len`.
     pub fn new(len: usize, ids: Vec<i64>) -> Rows {
-        debug_assert!(len > 0 && ids.len() % len == 0);
+        debug_assert!(len > 0 && ids.len().is_multiple_of(len));
         Rows { len, ids }
     }
 
