@@ -1,8 +1,8 @@
 //! Puts an extraction back into the module: new ops where the choice differs from what is there, and constants
 //! computed from the constant expressions that the choice reads.
 //!
-//! Ops and constants that stay as they are keep their values. A computed constant takes the name of the largest
-//! constant it is made from when nothing else reads that one any more.
+//! Ops and constants that stay as they are keep their values. An op that changes only its operands is edited in place,
+//! and so is a constant that nothing else reads; a shared one stays, and the new one is called `<name>.scaled`.
 
 use super::extract::Extraction;
 use super::graph::Graph;
@@ -10,7 +10,7 @@ use super::lang::{Head, Node};
 use super::window::{Scope, Window};
 use dialects::ir::{
     Attrs, ConstData, ConstError, ConstPool, Elem, Module, Op, OpBuilder, OpName, Region, Symbol,
-    TensorSource, Type, Value, ValueDef,
+    TensorSource, Type, Value, ValueDef, infer,
 };
 use dialects::ops::{EvalCx, Item, OpDef, OpError};
 use dialects::tensor::Tensor;
@@ -470,17 +470,12 @@ impl Plan {
             let new = resolve(m, &ops, new).ok_or_else(|| OpError::invalid("a root has no replacement"))?;
             m.replace_uses(old, new);
         }
-        self.sweep(m, region, &ops, &consts)
+        Ok(self.sweep(m, region, &ops, &consts))
     }
 
-    /// Erases what the window no longer needs, and hands its names on.
-    fn sweep(
-        &self,
-        m: &mut Module,
-        region: Region,
-        ops: &[Op],
-        consts: &[Value],
-    ) -> Result<Vec<String>, OpError> {
+    /// Erases what the window no longer needs. An op that only reads other operands now stays the op it was, and a
+    /// constant that only has other elements stays the value it was, so that whoever holds them need not notice.
+    fn sweep(&self, m: &mut Module, region: Region, ops: &[Op], consts: &[Value]) -> Vec<String> {
         let mut reads: HashMap<Value, usize> = HashMap::new();
         let mut live = HashSet::new();
         for r in m.live_regions() {
@@ -495,7 +490,7 @@ impl Plan {
             }
         }
         let mut gone = HashSet::new();
-        let mut unread: Vec<Value> = Vec::new();
+        let mut unread: HashSet<Value> = HashSet::new();
         for &op in self.window.iter().rev().filter(|op| live.contains(op)) {
             if m.ops[op].results.iter().flatten().any(|v| reads.get(v).is_some_and(|&n| n > 0)) {
                 continue;
@@ -504,43 +499,65 @@ impl Plan {
                 let n = reads.get_mut(v).expect("an operand is read");
                 *n -= 1;
                 if *n == 0 && matches!(m.values[*v].def, ValueDef::Const(_)) {
-                    unread.push(*v);
+                    unread.insert(*v);
                 }
-            }
-            for v in m.ops[op].results.iter().flatten() {
-                m.values[*v].def = ValueDef::Erased;
             }
             gone.insert(op);
         }
-        m.regions[region].ops.retain(|op| !gone.contains(op));
         unread.retain(|v| !m.regions.values().any(|r| r.args.contains(v)));
-        for r in m.regions.values_mut() {
-            r.consts.retain(|v| !unread.contains(v));
+        let mut merged: HashMap<Value, Value> = HashMap::new();
+        for (step, &new) in self.steps.iter().zip(ops) {
+            let Some(old) = step.like.filter(|old| gone.contains(old)) else { continue };
+            let pairs: Vec<_> = m.ops[new].results.iter().copied().zip(m.ops[old].results.clone()).collect();
+            let fits = |(n, o): &(Option<Value>, Option<Value>)| match (n, o) {
+                (Some(n), Some(o)) => infer::compatible(m.ty(*n), m.ty(*o)),
+                (n, _) => n.is_none(),
+            };
+            if !pairs.iter().all(fits) {
+                continue;
+            }
+            gone.remove(&old);
+            m.ops[old].operands = m.ops[new].operands.clone();
+            merged.extend(pairs.into_iter().filter_map(|(n, o)| n.zip(o)));
+            for op in &mut m.regions[region].ops {
+                // The old op moves to the place of the new one.
+                *op = if *op == new {
+                    old
+                } else if *op == old {
+                    new
+                } else {
+                    *op
+                };
+            }
+            gone.insert(new);
         }
-        for (step, &op) in self.steps.iter().zip(ops) {
-            if let Some(like) = step.like
-                && gone.contains(&like)
-            {
-                m.ops[op].node = std::mem::replace(&mut m.ops[like].node, "".into());
+        for &op in &gone {
+            for v in m.ops[op].results.iter().flatten() {
+                m.values[*v].def = ValueDef::Erased;
             }
         }
+        m.regions[region].ops.retain(|op| !gone.contains(op));
         let mut names = Vec::new();
-        for (c, &v) in self.consts.iter().zip(consts) {
+        for (c, &new) in self.consts.iter().zip(consts) {
             let Some(base) = c.base else { continue };
             let label = m.value_label(base);
-            names.push(label.clone());
-            let dead =
-                unread.contains(&base) || m.def_op(base).is_none() && m.values[base].def == ValueDef::Erased;
-            m.values[v].name = match dead && !m.values[base].name.is_empty() {
-                true => std::mem::replace(&mut m.values[base].name, "".into()),
-                false => m.fresh_name(&format!("{label}.scaled")),
-            };
-            for v in &unread {
-                if *v == base {
-                    m.values[*v].name = "".into();
-                }
+            if unread.remove(&base) {
+                m.values[base].def = m.values[new].def;
+                m.values[base].ty = m.values[new].ty.clone();
+                m.values[base].sym = None;
+                m.values[new].def = ValueDef::Erased;
+                merged.insert(new, base);
+            } else {
+                m.values[new].name = m.fresh_name(&format!("{label}.scaled"));
             }
+            names.push(label);
         }
-        Ok(names)
+        for (&new, &old) in &merged {
+            m.replace_uses(new, old);
+        }
+        for r in m.regions.values_mut() {
+            r.consts.retain(|v| !unread.contains(v) && !merged.contains_key(v));
+        }
+        names
     }
 }

@@ -1,1 +1,582 @@
-//! Tests of the engine.
+//! Tests of the engine on small graphs: where a scale is absorbed, where it must not be, and that folding keeps the
+//! function, checked by the interpreter on random inputs.
+
+use super::*;
+use crate::linear;
+use dialects::exec::{Executor, run_once};
+use dialects::ir::interp::Interpreter;
+use dialects::ir::{OpBuilder, ValueDef, infer, parse};
+use dialects::ops::Item;
+use dialects::tensor::{Data, Tensor};
+
+/// A module with the graph `(inputs) { body }`, its types inferred.
+fn module(inputs: &str, body: &str) -> Module {
+    let text = format!("module ir_version=10 opsets {{onnx=23}}\ngraph @main({inputs}) {{\n{body}\n}}\n");
+    let mut m = parse::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}")).module;
+    let wrong = infer::infer(&mut m, &Ops::standard());
+    assert!(wrong.is_empty(), "{wrong:?}");
+    m
+}
+
+fn value(m: &Module, name: &str) -> Value {
+    let live = |v: &Value| m.values[*v].def != ValueDef::Erased;
+    m.values
+        .keys()
+        .find(|v| &*m.values[*v].name == name && live(v))
+        .unwrap_or_else(|| panic!("no value {name}"))
+}
+
+/// The linears that read a value.
+fn readers(m: &Module, v: Value) -> Vec<Op> {
+    linear::linears(m).into_iter().filter(|l| l.x == v).map(|l| l.op).collect()
+}
+
+fn ask(m: &Module, name: &str) -> Placement {
+    let v = value(m, name);
+    let ops = readers(m, v);
+    assert!(!ops.is_empty(), "no linear reads {name}");
+    place(m, &Ops::standard(), v, &ops)
+}
+
+/// Numbers between -1 and 1 that look random.
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut s = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        s ^= s << 13;
+        s ^= s >> 7;
+        s ^= s << 17;
+        (s >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+fn run(m: &Module) -> Vec<Vec<f32>> {
+    let inputs: Vec<(Value, Item)> = m.regions[m.top]
+        .args
+        .iter()
+        .enumerate()
+        .map(|(i, &v)| {
+            let t = m.ty(v).as_tensor().unwrap();
+            let shape: Vec<usize> =
+                t.dims.as_ref().unwrap().iter().map(|d| d.known().map_or(3, |n| n as usize)).collect();
+            let data = Data::F32(noise(shape.iter().product(), i as u64 + 1));
+            (v, Tensor::new(&shape, data).unwrap().into())
+        })
+        .collect();
+    let exec = Interpreter::new(Ops::standard());
+    let items = run_once(&exec as &dyn Executor, m, &inputs, &m.regions[m.top].results).unwrap();
+    items.iter().map(|i| i.tensor().unwrap().to_f32().unwrap().into_owned()).collect()
+}
+
+fn assert_close(a: &[Vec<f32>], b: &[Vec<f32>]) {
+    assert_eq!(a.len(), b.len());
+    for (a, b) in a.iter().zip(b) {
+        assert_eq!(a.len(), b.len());
+        let most = a.iter().fold(0f32, |m, x| m.max(x.abs()));
+        assert!(most > 0.0 && most.is_finite(), "a test on nothing: {most}");
+        for (x, y) in a.iter().zip(b) {
+            assert!((x - y).abs() <= 2e-5 * most, "{x} {y}");
+        }
+    }
+}
+
+fn histogram(m: &Module) -> BTreeMap<String, usize> {
+    let mut h = BTreeMap::new();
+    for op in m.live_ops() {
+        *h.entry(m.ops[op].name.to_string()).or_default() += 1;
+    }
+    h
+}
+
+/// Scales `name` for its linears as far as the placement's freedom goes, folds, and checks that the function is that
+/// of the model with the product in it and that no op was added.
+fn folds(m: &Module, name: &str) -> Placement {
+    let p = ask(m, name);
+    assert_eq!(p.why_not, None, "{name}: {p:?}");
+    assert_eq!(p.limits, Vec::<String>::new());
+    let mut m = m.clone();
+    let before = histogram(&m);
+    let v = value(&m, name);
+    let ops = readers(&m, v);
+    let k = m.ty(v).dims().unwrap().last().unwrap().known().unwrap() as usize;
+    let numbers: Vec<f32> = noise(k, 99).iter().map(|x| x.abs() + 0.5).collect();
+    let scale: Vec<f32> = match &p.freedom {
+        None => numbers,
+        Some(classes) => classes.iter().map(|&c| numbers[c as usize]).collect(),
+    };
+    let top = m.top;
+    let s = m.add_const(top, "s", Tensor::new(&[k], scale).unwrap().to_const());
+    let ty = m.ty(v).clone();
+    let mul = m.insert_before(ops[0], OpBuilder::new("onnx.Mul", &"mul".into()).operands([v, s]).result(ty));
+    let product = m.ops[mul].result(0).unwrap();
+    for &op in &ops {
+        for o in m.ops[op].operands.iter_mut().flatten().filter(|o| **o == v) {
+            *o = product;
+        }
+    }
+    let want = run(&m);
+    let outcome = fold_window(&mut m, &Ops::standard(), product).unwrap();
+    assert!(outcome.absorbed, "{outcome:?}");
+    assert!(!outcome.sites.is_empty());
+    assert_eq!(histogram(&m), before);
+    assert_close(&want, &run(&m));
+    let wrong = infer::infer(&mut m, &Ops::standard());
+    assert!(wrong.is_empty(), "{wrong:?}");
+    let order = dialects::ir::graph::topological(&m, m.top).unwrap();
+    assert_eq!(order, m.regions[m.top].ops, "definitions come before uses");
+    p
+}
+
+/// Asks for a placement that must be refused, and gives the reason.
+fn refused(m: &Module, name: &str) -> String {
+    let p = ask(m, name);
+    assert!(p.sites.is_empty());
+    p.why_not.unwrap_or_else(|| panic!("{name} was absorbed"))
+}
+
+const RMS: &str = "
+  const %two : tensor<f32> splat(2)
+  const %eps : tensor<f32> splat(0.00001)
+  const %axis : tensor<1xi64> [-1]
+  const %one : tensor<f32> splat(1)
+  const %g : tensor<8xf32> random(1)
+  const %w : tensor<8x4xf32> random(2)
+  const %w2 : tensor<8x6xf32> random(3)
+  %sq = onnx.Pow(%x, %two)
+  %mean = onnx.ReduceMean(%sq, %axis)
+  %safe = onnx.Add(%mean, %eps)
+  %root = onnx.Sqrt(%safe)";
+
+#[test]
+fn rms_norm_with_reciprocal() {
+    let m = module(
+        "%x : tensor<b x t x 8xf32>",
+        &format!(
+            "{RMS}
+  %r = onnx.Reciprocal(%root)
+  %n = onnx.Mul(%x, %r)
+  %h = onnx.Mul(%g, %n)
+  %y = onnx.MatMul(%h, %w)
+  %z = onnx.MatMul(%h, %w2)
+  return %y, %z"
+        ),
+    );
+    let p = folds(&m, "h");
+    assert_eq!((p.freedom, p.sites), (None, vec!["g".to_string()]));
+}
+
+#[test]
+fn rms_norm_with_division_and_casts() {
+    let m = module(
+        "%x : tensor<b x t x 8xf32>",
+        &format!(
+            "{RMS}
+  %r = onnx.Div(%one, %root)
+  %n = onnx.Mul(%x, %r)
+  %c = onnx.Cast(%n) {{to = 1}}
+  %h = onnx.Mul(%g, %c)
+  %y = onnx.MatMul(%h, %w)
+  return %y"
+        ),
+    );
+    let v = value(&m, "h");
+    let p = place(&m, &Ops::standard(), v, &readers(&m, v));
+    assert_eq!((p.why_not, p.freedom, p.sites), (None, None, vec!["g".to_string()]));
+}
+
+#[test]
+fn rms_norm_without_gain_has_no_place() {
+    let m = module(
+        "%x : tensor<b x t x 8xf32>",
+        &format!("{RMS}\n  %h = onnx.Div(%x, %root)\n  %y = onnx.MatMul(%h, %w)\n  return %y"),
+    );
+    assert!(refused(&m, "h").contains("is an input"));
+}
+
+#[test]
+fn fused_norms() {
+    for (norm, sites) in [
+        ("onnx.RMSNormalization(%x, %g)", vec!["g"]),
+        ("onnx.LayerNormalization(%x, %g)", vec!["g"]),
+        ("onnx.LayerNormalization(%x, %g, %b)", vec!["g", "b"]),
+    ] {
+        let m = module(
+            "%x : tensor<b x t x 8xf32>",
+            &format!(
+                "const %g : tensor<8xf32> random(1)
+  const %b : tensor<8xf32> random(2)
+  const %w : tensor<8x4xf32> random(3)
+  %h = {norm}
+  %y = onnx.MatMul(%h, %w)
+  return %y"
+            ),
+        );
+        assert_eq!(folds(&m, "h").sites, sites);
+    }
+}
+
+#[test]
+fn long_layer_norm() {
+    let m = module(
+        "%x : tensor<b x t x 8xf32>",
+        &format!(
+            "{RMS}
+  const %beta : tensor<8xf32> random(7)
+  %mu = onnx.ReduceMean(%x, %axis)
+  %d = onnx.Sub(%x, %mu)
+  %n = onnx.Div(%d, %root)
+  %ng = onnx.Mul(%n, %g)
+  %h = onnx.Add(%ng, %beta)
+  %y = onnx.MatMul(%h, %w)
+  return %y"
+        ),
+    );
+    assert_eq!(folds(&m, "h").sites, ["g", "beta"]);
+}
+
+#[test]
+fn a_shared_norm_is_left_alone() {
+    // As in a post-norm model: the norm's output is the residual too.
+    let m = module(
+        "%x : tensor<b x t x 8xf32>",
+        "const %g : tensor<8xf32> random(1)
+  const %w : tensor<8x8xf32> random(3)
+  %h = onnx.RMSNormalization(%x, %g)
+  %y = onnx.MatMul(%h, %w)
+  %z = onnx.Add(%h, %y)
+  return %z",
+    );
+    let why = refused(&m, "h");
+    assert!(why.contains("Add") && why.contains("\"h\""), "{why}");
+    // And an output of the model stays what it is.
+    let m = module(
+        "%x : tensor<b x t x 8xf32>",
+        "const %g : tensor<8xf32> random(1)
+  const %w : tensor<8x8xf32> random(3)
+  %h = onnx.RMSNormalization(%x, %g)
+  %y = onnx.MatMul(%h, %w)
+  return %y, %h",
+    );
+    assert!(refused(&m, "h").contains("output"));
+}
+
+#[test]
+fn gelu_lets_no_scale_through() {
+    let head = "const %w : tensor<8x6xf32> random(1)
+  const %b : tensor<6xf32> random(2)
+  const %v : tensor<6x8xf32> random(3)
+  const %half : tensor<f32> splat(0.5)
+  const %one : tensor<f32> splat(1)
+  const %c : tensor<f32> splat(0.7978846)
+  const %root : tensor<f32> splat(1.4142135)
+  const %three : tensor<f32> splat(3)
+  const %k : tensor<f32> splat(0.044715)
+  %l = onnx.MatMul(%x, %w)
+  %u = onnx.Add(%l, %b)";
+    let forms = [
+        "%h = onnx.Gelu(%u)",
+        "%half_u = onnx.Mul(%u, %half)
+  %p = onnx.Pow(%u, %three)
+  %q = onnx.Mul(%p, %k)
+  %r = onnx.Add(%u, %q)
+  %s = onnx.Mul(%r, %c)
+  %t = onnx.Tanh(%s)
+  %v1 = onnx.Add(%t, %one)
+  %h = onnx.Mul(%half_u, %v1)",
+        "%d = onnx.Div(%u, %root)
+  %e = onnx.Erf(%d)
+  %f = onnx.Add(%e, %one)
+  %i = onnx.Mul(%u, %f)
+  %h = onnx.Mul(%i, %half)",
+        "%sig = onnx.Sigmoid(%u)\n  %h = onnx.Mul(%u, %sig)",
+    ];
+    for form in forms {
+        let m = module(
+            "%x : tensor<n x 8xf32>",
+            &format!("{head}\n  {form}\n  %y = onnx.MatMul(%h, %v)\n  return %y"),
+        );
+        refused(&m, "h");
+    }
+}
+
+#[test]
+fn relu_passes_a_positive_scale() {
+    let m = module(
+        "%x : tensor<n x 8xf32>",
+        "const %w : tensor<8x6xf32> random(1)
+  const %b : tensor<6xf32> random(2)
+  const %v : tensor<6x8xf32> random(3)
+  %l = onnx.MatMul(%x, %w)
+  %u = onnx.Add(%l, %b)
+  %h = onnx.Relu(%u)
+  %y = onnx.MatMul(%h, %v)
+  return %y",
+    );
+    assert_eq!(folds(&m, "h").sites, ["w", "b"]);
+}
+
+#[test]
+fn gemm_columns_and_bias() {
+    for (w, attrs) in [("6x8", "{transB = 1}"), ("8x6", "{transB = 0, alpha = 0.5f, beta = 2.0f}")] {
+        let attrs = attrs.replace("0.5f", "0.5").replace("2.0f", "2.0");
+        let m = module(
+            "%x : tensor<n x 8xf32>",
+            &format!(
+                "const %w : tensor<{w}xf32> random(1)
+  const %b : tensor<6xf32> random(2)
+  const %v : tensor<6x8xf32> random(3)
+  %h = onnx.Gemm(%x, %w, %b) {attrs}
+  %y = onnx.Gemm(%h, %v)
+  return %y"
+            ),
+        );
+        assert_eq!(folds(&m, "h").sites, ["w", "b"]);
+    }
+}
+
+#[test]
+fn gated_mlp_folds_into_up() {
+    let m = module(
+        "%x : tensor<b x t x 8xf32>",
+        "const %wg : tensor<8x6xf32> random(1)
+  const %wu : tensor<8x6xf32> random(2)
+  const %wd : tensor<6x8xf32> random(3)
+  %g = onnx.MatMul(%x, %wg)
+  %s = onnx.Sigmoid(%g)
+  %a = onnx.Mul(%g, %s)
+  %u = onnx.MatMul(%x, %wu)
+  %h = onnx.Mul(%a, %u)
+  %y = onnx.MatMul(%h, %wd)
+  return %y",
+    );
+    let p = folds(&m, "h");
+    assert_eq!((p.freedom, p.sites), (None, vec!["wu".to_string()]));
+}
+
+/// Attention written out, `heads` query heads on `kv` key-value heads of width 2.
+fn attention(heads: usize, kv: usize, tail: &str) -> Module {
+    let (q, k) = (heads * 2, kv * 2);
+    let r = heads / kv;
+    let repeat = if r == 1 {
+        "%vr = onnx.Reshape(%vt, %same)".to_string()
+    } else {
+        format!(
+            "const %ax2 : tensor<1xi64> [2]
+  const %to5 : tensor<5xi64> [1, 1, {r}, 1, 1]
+  const %back : tensor<4xi64> [0, {heads}, -1, 2]
+  %v5 = onnx.Unsqueeze(%vt, %ax2)
+  %ve = onnx.Expand(%v5, %to5)
+  %vr = onnx.Reshape(%ve, %back)"
+        )
+    };
+    module(
+        &format!("%x : tensor<2x3x8xf32>, %p : tensor<2x{heads}x3x3xf32>"),
+        &format!(
+            "const %wv : tensor<8x{k}xf32> random(1)
+  const %wo : tensor<{q}x8xf32> random(2)
+  const %shape : tensor<4xi64> [0, 0, {kv}, 2]
+  const %merge : tensor<3xi64> [0, 0, {q}]
+  const %same : tensor<4xi64> [0, 0, 0, 0]
+  const %zero : tensor<f32> splat(0)
+  %v = onnx.MatMul(%x, %wv)
+  %vs = onnx.Reshape(%v, %shape)
+  %vt = onnx.Transpose(%vs) {{perm = [0, 2, 1, 3]}}
+  {repeat}
+  %soft = onnx.Softmax(%p)
+  %nan = onnx.IsNaN(%soft)
+  %probs = onnx.Where(%nan, %zero, %soft)
+  %a = onnx.MatMul(%probs, %vr)
+  %at = onnx.Transpose(%a) {{perm = [0, 2, 1, 3]}}
+  %h = onnx.Reshape(%at, %merge)
+  {tail}
+  %y = onnx.MatMul(%h, %wo)
+  return %y"
+        ),
+    )
+}
+
+#[test]
+fn attention_output_folds_into_v() {
+    let p = folds(&attention(4, 4, ""), "h");
+    assert_eq!((p.freedom, p.sites), (None, vec!["wv".to_string()]));
+}
+
+#[test]
+fn repeated_heads_are_tied() {
+    let p = folds(&attention(4, 2, ""), "h");
+    assert_eq!(p.sites, ["wv"]);
+    assert_eq!(p.freedom, Some(vec![0, 1, 0, 1, 2, 3, 2, 3]));
+}
+
+#[test]
+fn attention_that_is_read_twice_is_left_alone() {
+    let m = attention(4, 2, "%other = onnx.Relu(%h)");
+    let why = refused(&m, "h");
+    assert!(why.contains("Relu"), "{why}");
+}
+
+#[test]
+fn fused_attention() {
+    // [batch, heads, positions, width] and [batch, positions, heads * width], with and without repeated heads.
+    for (kv, freedom) in [(4, None), (2, Some(vec![0, 1, 0, 1, 2, 3, 2, 3]))] {
+        let k = kv * 2;
+        let four = format!(
+            "const %wv : tensor<8x{k}xf32> random(1)
+  const %wo : tensor<8x8xf32> random(2)
+  const %shape : tensor<4xi64> [0, 0, {kv}, 2]
+  const %merge : tensor<3xi64> [0, 0, 8]
+  %v = onnx.MatMul(%x, %wv)
+  %vs = onnx.Reshape(%v, %shape)
+  %vt = onnx.Transpose(%vs) {{perm = [0, 2, 1, 3]}}
+  %a = onnx.Attention(%q, %k, %vt) {{scale = 0.5}}
+  %at = onnx.Transpose(%a) {{perm = [0, 2, 1, 3]}}
+  %h = onnx.Reshape(%at, %merge)
+  %y = onnx.MatMul(%h, %wo)
+  return %y"
+        );
+        let m = module(
+            &format!("%x : tensor<2x3x8xf32>, %q : tensor<2x4x3x2xf32>, %k : tensor<2x{kv}x3x2xf32>"),
+            &four,
+        );
+        let p = folds(&m, "h");
+        assert_eq!((&p.freedom, p.sites), (&freedom, vec!["wv".to_string()]));
+        let three = format!(
+            "const %wv : tensor<8x{k}xf32> random(1)
+  const %wo : tensor<8x8xf32> random(2)
+  %v = onnx.MatMul(%x, %wv)
+  %h = onnx.Attention(%q, %k, %v) {{q_num_heads = 4, kv_num_heads = {kv}}}
+  %y = onnx.MatMul(%h, %wo)
+  return %y"
+        );
+        let m = module(
+            &format!("%x : tensor<2x3x8xf32>, %q : tensor<2x3x8xf32>, %k : tensor<2x3x{k}xf32>"),
+            &three,
+        );
+        let p = folds(&m, "h");
+        assert_eq!((p.freedom, p.sites), (freedom, vec!["wv".to_string()]));
+    }
+}
+
+#[test]
+fn attention_whose_values_are_an_output_is_left_alone() {
+    let m = module(
+        "%x : tensor<2x3x8xf32>, %q : tensor<2x3x8xf32>, %k : tensor<2x3x8xf32>",
+        "const %wv : tensor<8x8xf32> random(1)
+  const %wo : tensor<8x8xf32> random(2)
+  %v = onnx.MatMul(%x, %wv)
+  %h, _, %present = onnx.Attention(%q, %k, %v) {q_num_heads = 4, kv_num_heads = 4}
+  %y = onnx.MatMul(%h, %wo)
+  return %y, %present",
+    );
+    refused(&m, "h");
+}
+
+#[test]
+fn a_fused_projection_takes_the_scale_in_one_part() {
+    let m = module(
+        "%x : tensor<2x3x8xf32>",
+        "const %w : tensor<8x12xf32> random(1)
+  const %b : tensor<12xf32> random(2)
+  const %wo : tensor<4x8xf32> random(3)
+  %l = onnx.MatMul(%x, %w)
+  %qkv = onnx.Add(%l, %b)
+  %q, %k, %v = onnx.Split(%qkv) {axis = 2, num_outputs = 3}
+  %kt = onnx.Transpose(%k) {perm = [0, 2, 1]}
+  %scores = onnx.MatMul(%q, %kt)
+  %p = onnx.Softmax(%scores)
+  %h = onnx.MatMul(%p, %v)
+  %y = onnx.MatMul(%h, %wo)
+  return %y",
+    );
+    let p = folds(&m, "h");
+    assert_eq!((p.freedom, p.sites), (None, vec!["w".to_string(), "b".to_string()]));
+}
+
+#[test]
+fn reshaped_norms_and_their_shapes() {
+    // What reads only the shape of a value does not mind a scale on it.
+    let m = module(
+        "%x : tensor<b x t x 8xf32>",
+        "const %g : tensor<8xf32> random(1)
+  const %b : tensor<8xf32> random(2)
+  const %w : tensor<8x6xf32> random(3)
+  const %bias : tensor<6xf32> random(4)
+  const %flat : tensor<2xi64> [-1, 8]
+  const %from : tensor<1xi64> [0]
+  const %to : tensor<1xi64> [2]
+  const %six : tensor<1xi64> [6]
+  %n = onnx.LayerNormalization(%x, %g, %b)
+  %shape = onnx.Shape(%n)
+  %lead = onnx.Slice(%shape, %from, %to)
+  %full = onnx.Concat(%lead, %six) {axis = 0}
+  %h = onnx.Reshape(%n, %flat)
+  %l = onnx.Gemm(%h, %w, %bias)
+  %y = onnx.Reshape(%l, %full)
+  return %y",
+    );
+    assert_eq!(folds(&m, "h").sites, ["g", "b"]);
+}
+
+#[test]
+fn quantized_weights_are_opaque() {
+    let m = module(
+        "%x : tensor<n x 8xf32>",
+        "const %codes : tensor<8x4xu8> random(1)
+  const %scale : tensor<f32> splat(0.1)
+  const %v : tensor<4x8xf32> random(3)
+  %w = onnx.DequantizeLinear(%codes, %scale)
+  %h = onnx.MatMul(%x, %w)
+  %y = onnx.MatMul(%h, %v)
+  return %y",
+    );
+    refused(&m, "h");
+}
+
+#[test]
+fn a_scalar_place_is_not_worth_a_vector() {
+    // A product with a scalar would become one with a vector: more to read, and no longer what fusions look for.
+    let m = module(
+        "%x : tensor<n x 8xf32>",
+        "const %c : tensor<f32> splat(0.5)
+  const %v : tensor<8x8xf32> random(3)
+  %t = onnx.Tanh(%x)
+  %h = onnx.Mul(%t, %c)
+  %y = onnx.MatMul(%h, %v)
+  return %y",
+    );
+    refused(&m, "h");
+}
+
+#[test]
+fn two_runs_agree() {
+    let m = attention(4, 2, "");
+    assert_eq!(ask(&m, "h"), ask(&m, "h"));
+}
+
+#[test]
+fn a_parallel_block_scales_both_branches() {
+    // As in GPT-J: attention and MLP read the same norm.
+    let m = module(
+        "%x : tensor<b x t x 8xf32>",
+        "const %g : tensor<8xf32> random(1)
+  const %b : tensor<8xf32> random(2)
+  const %wq : tensor<8x8xf32> random(3)
+  const %wf : tensor<8x6xf32> random(4)
+  const %wo : tensor<6x8xf32> random(5)
+  %h = onnx.LayerNormalization(%x, %g, %b)
+  %q = onnx.MatMul(%h, %wq)
+  %f = onnx.MatMul(%h, %wf)
+  %a = onnx.Gelu(%f)
+  %o = onnx.MatMul(%a, %wo)
+  %s = onnx.Add(%q, %o)
+  %y = onnx.Add(%x, %s)
+  return %y",
+    );
+    assert_eq!(folds(&m, "h").sites, ["g", "b"]);
+}
+
+#[test]
+fn ties_join_classes_in_order() {
+    assert_eq!(tie(&[0, 1, 2, 3], &Wish(vec![vec![1, 3]])), [0, 1, 2, 1]);
+    assert_eq!(tie(&[0, 0, 1, 2], &Wish(vec![vec![2, 1], vec![1, 0]])), [0, 0, 0, 0]);
+}
