@@ -385,6 +385,27 @@ fn large_tensors_go_to_an_aligned_sidecar() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
 }
 
+/// Lists a hundred thousand long, of every sort, take no time that grows with their square.
+#[test]
+fn long_lists_do_not_hang() {
+    let names: Vec<String> = (0..100_000).map(|i| format!("v{i}")).collect();
+    let refs: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut g = graph(&["x"], vec![node("Split", &["x"], &refs)], &refs);
+    g.value_info = values(&["stray"; 100_000]);
+    g.value_info.extend(values(&refs));
+    let big = model(g).write_to_bytes().unwrap();
+    let start = std::time::Instant::now();
+    let imported = import::from_bytes(big.into()).unwrap();
+    let after = ModelProto::parse_from_bytes(&export::to_bytes(&imported.module).unwrap()).unwrap();
+    assert_eq!(after.graph.value_info.len(), 200_000);
+    assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+    let mut many = node("Relu", &["x"], &["y"]);
+    many.attribute =
+        names.iter().map(|n| AttributeProto { name: n.clone(), i: 1, ..Default::default() }).collect();
+    let error = refusal(&model(graph(&["x"], vec![many], &["y"])));
+    assert_eq!(error, "model: node \"the Relu\" (Relu): expected at most 4096 attributes, found 100000");
+}
+
 /// Ten thousand damaged models: each is read or refused, and what was read can be written.
 #[test]
 fn mutations_never_panic() {

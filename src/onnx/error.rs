@@ -93,6 +93,9 @@ pub enum Problem {
         /// The fields that are set.
         found: String,
     },
+    /// More attributes than any op has.
+    #[error("expected at most {max} attributes, found {0}", max = super::import::MAX_ATTRIBUTES)]
+    Attributes(usize),
     /// Two alternatives of a type at once.
     #[error("the type of {0:?} is two types at once")]
     AmbiguousType(String),

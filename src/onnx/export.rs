@@ -277,10 +277,11 @@ impl<'a> Writer<'a> {
         for &v in &data.args {
             proto.input.push(self.declaration(v)?);
         }
+        let mut others: BTreeMap<usize, ValueInfoProto> = rest::numbered(&data.meta, OUTPUT).map_err(at)?;
         for (i, &v) in data.results.iter().enumerate() {
             let own = self.declaration(v)?;
-            let other: ValueInfoProto = rest::kept(&data.meta, &format!("{OUTPUT}{i}")).map_err(at)?;
-            proto.output.push(if other.name == own.name { other } else { own });
+            let other = others.remove(&i).filter(|other| other.name == own.name);
+            proto.output.push(other.unwrap_or(own));
         }
         proto.value_info = self.inner_declarations(region)?;
         let mut rope = Rope::of(&proto);
@@ -432,19 +433,16 @@ impl<'a> Writer<'a> {
             list.push(self.declaration(v)?);
         }
         let meta = &self.m.regions[region].meta;
-        let mut strays = BTreeMap::new();
-        for (key, _) in &meta.0 {
-            if let Some(place) = key.strip_prefix(STRAY).and_then(|p| p.parse::<usize>().ok()) {
-                let info: ValueInfoProto = rest::kept(meta, key).map_err(|reason| ExportError::Meta {
-                    place: format!("graph {:?}", self.m.regions[region].name),
-                    reason,
-                })?;
-                strays.insert(place, info);
-            }
-        }
+        let strays: BTreeMap<usize, ValueInfoProto> = rest::numbered(meta, STRAY).map_err(|reason| {
+            ExportError::Meta { place: format!("graph {:?}", self.m.regions[region].name), reason }
+        })?;
+        let mut declared = list.into_iter();
+        let mut list = Vec::new();
         for (place, info) in strays {
-            list.insert(place.min(list.len()), info);
+            list.extend(declared.by_ref().take(place - list.len().min(place)));
+            list.push(info);
         }
+        list.extend(declared);
         Ok(list)
     }
 }

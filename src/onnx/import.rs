@@ -36,6 +36,9 @@ pub const OUTPUT: &str = "output.";
 /// The entry that keeps how operator versions were listed.
 pub const OPSETS: &str = "opset_import";
 
+/// A node has no more attributes than this: they are looked up one by one.
+pub const MAX_ATTRIBUTES: usize = 4096;
+
 /// A model that was read.
 #[derive(Debug)]
 pub struct Imported {
@@ -225,12 +228,13 @@ impl Importer {
 
         self.nodes(&graph.node, region)?;
 
+        let mut results = HashSet::new();
         for (i, info) in graph.output.iter().enumerate() {
             let name = info.name.as_deref().unwrap_or_default();
             let problem = || Problem::Undefined { value: name.to_owned() };
             let value =
                 self.find(name).ok_or_else(|| Fault::at(format!("output {i} of the {label}"), problem()))?;
-            let again = args.contains(name) || self.m.regions[region].results.contains(&value);
+            let again = args.contains(name) || !results.insert(value);
             self.m.regions[region].results.push(value);
             let outside = self.own(name).is_none();
             if again || outside {
@@ -339,12 +343,13 @@ impl Importer {
                 .operands(operands);
             builder = builder.attrs(attrs).meta(meta);
             let mut defined = Vec::new();
-            for (k, output) in node.output.iter().enumerate() {
+            let mut outputs = HashSet::new();
+            for output in &node.output {
                 if output.is_empty() {
                     builder = builder.no_result();
                     continue;
                 }
-                if self.own(output).is_some() || node.output[..k].contains(output) {
+                if self.own(output).is_some() || !outputs.insert(output) {
                     return Err(at(order::two_producers(nodes, i, output)));
                 }
                 let (unique, own) = self.unique(output);
@@ -363,6 +368,9 @@ impl Importer {
     /// Reads attributes; what they have no place for goes to `meta`. A fault in them has no place of its own,
     /// unless it is in a nested graph.
     fn attributes(&mut self, protos: &[AttributeProto], meta: &mut Meta) -> Done<Attrs> {
+        if protos.len() > MAX_ATTRIBUTES {
+            return Err(Fault::at("", Problem::Attributes(protos.len())));
+        }
         let mut attrs = Attrs::default();
         for a in protos {
             let name = a.name.as_deref().unwrap_or_default();

@@ -8,6 +8,7 @@ use super::proto::StringStringEntryProto;
 use bytes::Bytes;
 use dialects::ir::Meta;
 use prost::Message;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write;
 
 /// The entry that holds fields without a place in the IR.
@@ -19,7 +20,7 @@ pub const DOC: &str = "doc_string";
 /// The prefix of `metadata_props`.
 const METADATA: &str = "metadata.";
 
-/// Keeps `message` under `key`, unless it is empty.
+/// Keeps `message` under `key`, which is not there yet, unless it is empty.
 pub fn keep<M: Message + Default + PartialEq>(meta: &mut Meta, key: &str, message: &M) {
     if *message == M::default() {
         return;
@@ -29,17 +30,29 @@ pub fn keep<M: Message + Default + PartialEq>(meta: &mut Meta, key: &str, messag
         // Writing to a string does not fail.
         let _ = write!(hex, "{byte:02x}");
     }
-    meta.set(key, hex);
+    meta.0.push((key.into(), hex.into()));
 }
 
 /// The message kept under `key`, or an empty one.
 pub fn kept<M: Message + Default>(meta: &Meta, key: &str) -> Result<M, String> {
-    let Some(hex) = meta.get(key) else { return Ok(M::default()) };
+    meta.get(key).map_or_else(|| Ok(M::default()), |hex| decode(hex).ok_or_else(|| undecodable(key)))
+}
+
+/// The messages kept under `prefix` and a number, by number.
+pub fn numbered<M: Message + Default>(meta: &Meta, prefix: &str) -> Result<BTreeMap<usize, M>, String> {
+    let number = |key: &str| key.strip_prefix(prefix)?.parse().ok();
+    let entries = meta.0.iter().filter_map(|(key, hex)| Some((number(key)?, key, hex)));
+    entries.map(|(n, key, hex)| Ok((n, decode(hex).ok_or_else(|| undecodable(key))?))).collect()
+}
+
+fn undecodable(key: &str) -> String {
+    format!("the entry {key:?} is no encoded message")
+}
+
+fn decode<M: Message + Default>(hex: &str) -> Option<M> {
     let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
     let bytes: Option<Vec<u8>> = hex.as_bytes().chunks(2).map(byte).collect();
-    bytes
-        .and_then(|b| M::decode(Bytes::from(b)).ok())
-        .ok_or_else(|| format!("the entry {key:?} is no encoded message"))
+    M::decode(Bytes::from(bytes?)).ok()
 }
 
 /// Stores an optional text field, present and empty included.
@@ -57,7 +70,7 @@ pub fn text_of(meta: &Meta, key: &str) -> Option<String> {
 /// Stores `metadata_props`. A list that is no map (a key twice, or none) is returned, to be kept elsewhere.
 pub fn metadata(meta: &mut Meta, props: &[StringStringEntryProto]) -> Vec<StringStringEntryProto> {
     let start = meta.0.len();
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     for p in props {
         let (Some(key), Some(value)) = (&p.key, &p.value) else {
             meta.0.truncate(start);
