@@ -5,6 +5,7 @@ use crate::ir::{
     Attr, Attrs, ConstData, Dim, Elem, Encoding, Function, Meta, Module, Op, OpBuilder, OpName, Region,
     Symbol, TensorType, Type, Value, ValueDef,
 };
+use crate::tensor::Tensor;
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -316,5 +317,168 @@ impl Odd {
         if konst && self.rng.one_in(4) {
             data.ty = ty;
         }
+    }
+}
+
+/// A sound module of common float ops that can be run: matrix products, broadcast scales and shifts, activations,
+/// normalization by hand, movement and reduction, with constants among the operands, values that several ops read,
+/// and ops that depend on constants alone or that nobody reads. Inputs `x` and `y` are f32 `[2, 3, 8]`; all values
+/// stay of moderate size. Made for comparing a module before and after an exact pass.
+pub fn float_module(seed: u64) -> Module {
+    let mut m = Module { ir_version: 10, ..Module::default() };
+    m.opsets.insert("onnx".into(), 21);
+    let top = m.top;
+    let shape = vec![2usize, 3, 8];
+    let mut g = Floats { rng: Rng(seed), pool: Vec::new(), m };
+    for name in ["x", "y"] {
+        let v = g.m.add_arg(top, name, Type::of_shape(Elem::F32, &shape));
+        g.pool.push((v, shape.clone()));
+    }
+    for _ in 0..6 + g.rng.below(18) {
+        g.step();
+    }
+    // Late values, so that most of the graph is alive.
+    let outputs = 1 + g.rng.below(2);
+    let last: Vec<(Value, Vec<usize>)> = g.pool.iter().rev().take(outputs).cloned().collect();
+    for (i, (v, shape)) in last.into_iter().enumerate() {
+        let out = g.push("onnx.Identity", &[v], Attrs::default(), shape);
+        g.m.values[out].name = format!("out{i}").into();
+        g.m.regions[top].results.push(out);
+    }
+    g.m
+}
+
+struct Floats {
+    m: Module,
+    rng: Rng,
+    pool: Vec<(Value, Vec<usize>)>,
+}
+
+impl Floats {
+    fn konst(&mut self, shape: &[usize], scale: f32) -> Value {
+        let n = shape.iter().product();
+        let data: Vec<f32> = self.rng.floats(n).iter().map(|x| x * scale).collect();
+        self.konst_of(shape, data)
+    }
+
+    fn konst_of(&mut self, shape: &[usize], data: Vec<f32>) -> Value {
+        let t = Tensor::new(shape, data).expect("as many elements as the shape has");
+        let name = format!("c{}", self.m.values.len());
+        self.m.add_const(self.m.top, name, t.to_const())
+    }
+
+    fn ints(&mut self, data: Vec<i64>) -> Value {
+        let t = Tensor::new(&[data.len()], data).expect("one dim");
+        let name = format!("c{}", self.m.values.len());
+        self.m.add_const(self.m.top, name, t.to_const())
+    }
+
+    /// Adds an op with one result of this shape and puts it into the pool.
+    fn push(&mut self, op: &str, operands: &[Value], attrs: Attrs, shape: Vec<usize>) -> Value {
+        let name = format!("v{}", self.m.values.len());
+        let b = OpBuilder::new(op, &name.as_str().into()).operands(operands.iter().copied()).attrs(attrs);
+        let op = self.m.push(self.m.top, b.named_result(name, Type::of_shape(Elem::F32, &shape)));
+        let v = self.m.ops[op].result(0).expect("the op has a result");
+        self.pool.push((v, shape));
+        v
+    }
+
+    fn any(&mut self) -> (Value, Vec<usize>) {
+        // Mostly recent values: deep graphs rather than wide ones.
+        let n = self.pool.len();
+        let at = if self.rng.one_in(3) { self.rng.below(n) } else { n - 1 - self.rng.below(n.min(3)) };
+        self.pool[at].clone()
+    }
+
+    fn step(&mut self) {
+        let (v, shape) = self.any();
+        let last = shape.last().copied().unwrap_or(1);
+        let none = Attrs::default();
+        match self.rng.below(13) {
+            0 => {
+                let op = *self.rng.pick(&["onnx.Neg", "onnx.Relu", "onnx.Sigmoid", "onnx.Tanh", "onnx.Abs"]);
+                self.push(op, &[v], none, shape);
+            }
+            1 | 2 => {
+                // A positive vector: scales that may move through what surrounds them.
+                let scale: Vec<f32> = self.rng.floats(last).iter().map(|x| 1.0 + 0.5 * x).collect();
+                let c = self.konst_of(&[last], scale);
+                let op = *self.rng.pick(&["onnx.Mul", "onnx.Div"]);
+                self.push(op, &[v, c], none, shape);
+            }
+            3 => {
+                let dims: &[usize] = if self.rng.one_in(2) { &[] } else { &shape };
+                let c = self.konst(dims, 1.0);
+                let op = *self.rng.pick(&["onnx.Add", "onnx.Sub", "onnx.Mul"]);
+                let operands = if self.rng.one_in(2) { [v, c] } else { [c, v] };
+                self.push(op, &operands, none, shape);
+            }
+            4 | 5 => {
+                let n = *self.rng.pick(&[4, 8, 6]);
+                let w = self.konst(&[last, n], 1.0 / (last as f32).sqrt());
+                let mut out = shape;
+                *out.last_mut().expect("values have dims") = n;
+                self.push("onnx.MatMul", &[v, w], none, out);
+            }
+            6 => {
+                let same: Vec<Value> = self.pool.iter().filter(|p| p.1 == shape).map(|p| p.0).collect();
+                let other = *self.rng.pick(&same);
+                let op = *self.rng.pick(&["onnx.Add", "onnx.Mul", "onnx.Sub"]);
+                // Tanh keeps repeated products of moderate size.
+                let r = self.push(op, &[v, other], none.clone(), shape.clone());
+                self.push("onnx.Tanh", &[r], none, shape);
+            }
+            7 => {
+                let mut perm: Vec<i64> = (0..shape.len() as i64).collect();
+                let (i, j) = (self.rng.below(perm.len()), self.rng.below(perm.len()));
+                perm.swap(i, j);
+                let out = perm.iter().map(|&p| shape[p as usize]).collect();
+                self.push("onnx.Transpose", &[v], [("perm", Attr::Ints(perm))].into_iter().collect(), out);
+            }
+            8 => {
+                let n: usize = shape.iter().product();
+                let out = vec![shape[0], n / shape[0] / last, last];
+                let target = self.ints(vec![shape[0] as i64, -1, last as i64]);
+                self.push("onnx.Reshape", &[v, target], none, out);
+            }
+            9 => {
+                let axes = self.ints(vec![-1]);
+                let mut out = shape;
+                *out.last_mut().expect("values have dims") = 1;
+                let mean = self.push("onnx.ReduceMean", &[v, axes], none, out);
+                self.pool.retain(|p| p.0 != mean);
+                let shape = self.pool.iter().find(|p| p.0 == v).expect("it is in the pool").1.clone();
+                self.push("onnx.Sub", &[v, mean], Attrs::default(), shape);
+            }
+            10 => self.rms_norm(v, shape, last),
+            11 => {
+                // Depends on constants alone.
+                let (a, b) = (self.konst(&shape, 0.5), self.konst(&[last], 0.5));
+                let c = self.push("onnx.Add", &[a, b], none.clone(), shape.clone());
+                self.push("onnx.Add", &[c, v], none, shape);
+            }
+            _ => {
+                self.push("onnx.Softmax", &[v], [("axis", Attr::Int(-1))].into_iter().collect(), shape);
+            }
+        }
+    }
+
+    /// x / sqrt(mean(x^2) + eps) * weight, as exporters write it.
+    fn rms_norm(&mut self, v: Value, shape: Vec<usize>, last: usize) {
+        let none = Attrs::default();
+        let mut narrow = shape.clone();
+        *narrow.last_mut().expect("values have dims") = 1;
+        let (two, eps) = (self.konst_of(&[], vec![2.0]), self.konst_of(&[], vec![1e-5]));
+        let axes = self.ints(vec![-1]);
+        let pool = self.pool.len();
+        let square = self.push("onnx.Pow", &[v, two], none.clone(), shape.clone());
+        let mean = self.push("onnx.ReduceMean", &[square, axes], none.clone(), narrow.clone());
+        let sum = self.push("onnx.Add", &[mean, eps], none.clone(), narrow.clone());
+        let root = self.push("onnx.Sqrt", &[sum], none.clone(), narrow);
+        let unit = self.push("onnx.Div", &[v, root], none.clone(), shape.clone());
+        self.pool.truncate(pool);
+        let weight: Vec<f32> = self.rng.floats(last).iter().map(|x| 1.0 + 0.5 * x).collect();
+        let weight = self.konst_of(&[last], weight);
+        self.push("onnx.Mul", &[weight, unit], none, shape);
     }
 }

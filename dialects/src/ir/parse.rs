@@ -34,7 +34,7 @@ mod grammar {
 pub const MAX_NESTING: usize = 100;
 
 /// The most elements that `random(..)` and `splat(..)` make.
-pub const MAX_GENERATED: u64 = 1 << 22;
+pub const MAX_GENERATED: u64 = 1 << 20;
 
 /// Why a text is no module. The span is in bytes.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
