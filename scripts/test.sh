@@ -37,6 +37,13 @@ python_packages() {
 step "python packages" python_packages
 step "formatting" cargo fmt --all --check
 step "lints" cargo clippy --workspace --all-targets --quiet -- -D warnings
+mkdir -p target
+step "the node tests of ONNX" "$venv/bin/python" scripts/node_cases.py target/node.cases
+export QCC_OP_CASES=$PWD/target/node.cases
+if [[ -n ${QCC_MODELS-} ]]; then
+  step "what ONNX Runtime computes" "$venv/bin/python" scripts/model_values.py target/model_values.tsv
+  export QCC_MODEL_VALUES=$PWD/target/model_values.tsv
+fi
 step "rust tests" cargo test --workspace --no-fail-fast
 step "build for the interop tests" cargo build
 step "interop tests" "$venv/bin/python" -m unittest discover --start-directory tests/interop --verbose

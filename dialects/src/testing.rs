@@ -217,7 +217,7 @@ fn tensor(words: &[&str]) -> Option<Tensor> {
     Some(Tensor::from_const(&c).unwrap())
 }
 
-/// More cases than the repository holds, such as ONNX's own node tests (`scripts/op_cases.py --node-tests FILE`).
+/// More cases than the repository holds, such as ONNX's own node tests (`scripts/node_cases.py`).
 #[test]
 fn the_cases_that_the_environment_names() {
     match std::env::var("QCC_OP_CASES") {
