@@ -288,7 +288,7 @@ fn a_failing_pass_leaves_a_reproducer() {
     assert!(error(&again.stderr).is_some());
     assert_eq!(
         error(&again.stderr),
-        error(&ran.stderr.split("reproducer").next().unwrap()).or(error(&ran.stderr))
+        error(ran.stderr.split("reproducer").next().unwrap()).or(error(&ran.stderr))
     );
 }
 
