@@ -153,19 +153,19 @@ fn transpose(from: &[f32], to: &mut [[f32; LANES]]) {
     // A square at a time, so that the rows' cache lines are read once.
     for (c, square) in whole.iter_mut().enumerate() {
         let mut t = [[0.0f32; LANES]; LANES];
-        for l in 0..LANES {
-            t[l].copy_from_slice(&from[l * rows + c * LANES..][..LANES]);
+        for (l, t) in t.iter_mut().enumerate() {
+            t.copy_from_slice(&from[l * rows + c * LANES..][..LANES]);
         }
-        for k in 0..LANES {
-            for l in 0..LANES {
-                square[k][l] = t[l][k];
+        for (k, row) in square.iter_mut().enumerate() {
+            for (x, t) in row.iter_mut().zip(&t) {
+                *x = t[k];
             }
         }
     }
     let start = whole.len() * LANES;
     for (k, x) in rest.iter_mut().enumerate() {
-        for l in 0..LANES {
-            x[l] = from[l * rows + start + k];
+        for (l, x) in x.iter_mut().enumerate() {
+            *x = from[l * rows + start + k];
         }
     }
 }

@@ -59,10 +59,9 @@ impl Range {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
 fn symmetric(range: &Range, middle: f32) -> [f32; LANES] {
     let mut scale = [0.0; LANES];
-    for l in 0..LANES {
-        let (min, max) = (range.min[l], range.max[l]);
+    for ((scale, &min), &max) in scale.iter_mut().zip(&range.min).zip(&range.max) {
         let m = if max.abs() > min.abs() { max } else { min };
-        scale[l] = m / -middle;
+        *scale = m / -middle;
     }
     scale
 }
@@ -71,13 +70,12 @@ fn symmetric(range: &Range, middle: f32) -> [f32; LANES] {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
 fn asymmetric_scale(range: &Range, steps: f32) -> [f32; LANES] {
     let mut scale = [0.0; LANES];
-    for l in 0..LANES {
-        let (min, max) = (range.min[l], range.max[l]);
+    for ((scale, &min), &max) in scale.iter_mut().zip(&range.min).zip(&range.max) {
         let low = if min < 0.0 { min } else { 0.0 };
         let high = if max > 0.0 { max } else { 0.0 };
         let span = (high - low) / steps;
         let span = if span == f32::INFINITY { high / steps - low / steps } else { span };
-        scale[l] = if min == max { max.abs() } else { span };
+        *scale = if min == max { max.abs() } else { span };
     }
     scale
 }
@@ -86,16 +84,16 @@ fn asymmetric_scale(range: &Range, steps: f32) -> [f32; LANES] {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
 fn asymmetric_zero(range: &Range, scale: &[f32; LANES], steps: f32) -> [f32; LANES] {
     let mut zero = [0.0; LANES];
-    for l in 0..LANES {
-        let (min, max) = (range.min[l], range.max[l]);
+    let ends = range.min.iter().zip(&range.max);
+    for ((zero, &scale), (&min, &max)) in zero.iter_mut().zip(scale).zip(ends) {
         let low = if min < 0.0 { min } else { 0.0 };
-        let z = (0.0 - low / scale[l]) + HALF;
+        let z = (0.0 - low / scale) + HALF;
         // A scale of zero, or one rounded down to f16, may take this out of the codes.
         let z = if z > 0.0 { z.floor() } else { 0.0 };
         let z = if z < steps { z } else { steps };
-        let z = if scale[l] == 0.0 { 0.0 } else { z };
+        let z = if scale == 0.0 { 0.0 } else { z };
         let repeated = if min < 0.0 { 1.0 } else { 0.0 };
-        zero[l] = if min == max { repeated } else { z };
+        *zero = if min == max { repeated } else { z };
     }
     zero
 }
