@@ -128,22 +128,44 @@ impl Matrix<'_> {
                 }
             }
             Layout::Nk => {
-                let mut row = Vec::new();
-                for (i, n) in columns.clone().enumerate() {
-                    let at = (n * self.k + rows.start) * self.width();
-                    let bytes = &self.bytes[at..at + rows.len() * self.width()];
-                    let block = &mut out[i / LANES * rows.len()..][..rows.len()];
-                    if self.float == Float::F32 {
-                        for (b, x) in bytes.chunks_exact(4).zip(block) {
-                            x[i % LANES] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                        }
-                    } else {
-                        row.resize(rows.len(), 0.0);
-                        widen(bytes, self.float, &mut row);
-                        row.iter().zip(block).for_each(|(v, x)| x[i % LANES] = *v);
+                let mut row = vec![0.0; rows.len() * LANES];
+                for (b, block) in
+                    out.chunks_exact_mut(rows.len()).take(columns.len().div_ceil(LANES)).enumerate()
+                {
+                    let first = columns.start + b * LANES;
+                    let lanes = LANES.min(columns.end - first);
+                    for (l, row) in row.chunks_exact_mut(rows.len()).enumerate().take(lanes) {
+                        let at = ((first + l) * self.k + rows.start) * self.width();
+                        widen(&self.bytes[at..at + rows.len() * self.width()], self.float, row);
                     }
+                    transpose(&row, block);
                 }
             }
+        }
+    }
+}
+
+/// `to[k][l] = from[l * rows + k]`.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma+f16c"))]
+fn transpose(from: &[f32], to: &mut [[f32; LANES]]) {
+    let rows = to.len();
+    let (whole, rest) = to.as_chunks_mut::<LANES>();
+    // A square at a time, so that the rows' cache lines are read once.
+    for (c, square) in whole.iter_mut().enumerate() {
+        let mut t = [[0.0f32; LANES]; LANES];
+        for (l, t) in t.iter_mut().enumerate() {
+            t.copy_from_slice(&from[l * rows + c * LANES..][..LANES]);
+        }
+        for (k, row) in square.iter_mut().enumerate() {
+            for (x, t) in row.iter_mut().zip(&t) {
+                *x = t[k];
+            }
+        }
+    }
+    let start = whole.len() * LANES;
+    for (k, x) in rest.iter_mut().enumerate() {
+        for (l, x) in x.iter_mut().enumerate() {
+            *x = from[l * rows + start + k];
         }
     }
 }
@@ -188,14 +210,12 @@ fn load_row(row: &[u8], float: Float, i: usize, rows: usize, out: &mut [[f32; LA
     match float {
         Float::F32 => {
             for (piece, block) in pieces.zip(blocks) {
-                let lanes = &mut block[i];
-                if let Ok(piece) = <&[u8; LANES * 4]>::try_from(piece) {
-                    for (x, b) in lanes.iter_mut().zip(piece.chunks_exact(4)) {
-                        *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                    }
-                } else {
-                    for (x, b) in lanes.iter_mut().zip(piece.chunks_exact(4)) {
-                        *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                match bytemuck::try_pod_read_unaligned::<[[u8; 4]; LANES]>(piece) {
+                    Ok(piece) => block[i] = piece.map(f32::from_le_bytes),
+                    Err(_) => {
+                        for (x, b) in block[i].iter_mut().zip(piece.chunks_exact(4)) {
+                            *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                        }
                     }
                 }
             }
@@ -252,8 +272,12 @@ pub(super) fn tile<Q: Quantizer>(
                     z[index] = out.zero[lane] as u8;
                 }
                 let blob = &mut codes[index * blob..][..blob];
-                for (bytes, word) in blob.chunks_mut(4).zip(&*out.words) {
-                    bytes.copy_from_slice(&word[lane].to_le_bytes()[..bytes.len()]);
+                let (whole, rest) = blob.as_chunks_mut::<4>();
+                for (bytes, word) in whole.iter_mut().zip(&*out.words) {
+                    *bytes = word[lane].to_le_bytes();
+                }
+                if let Some(word) = out.words.get(whole.len()) {
+                    rest.copy_from_slice(&word[lane].to_le_bytes()[..rest.len()]);
                 }
             }
         }

@@ -167,6 +167,9 @@ pub trait Quantizer: Sync {
 /// Floats that a tile of blocks takes, about: small enough for a core's cache.
 const TILE_FLOATS: usize = 1 << 14;
 
+/// Tiles that a matrix of enough outputs is cut into, at least.
+const MIN_TILES: usize = 8;
+
 /// Quantizes a matrix into `parts`, in parallel.
 ///
 /// # Errors
@@ -193,7 +196,9 @@ pub fn quantize<Q: Quantizer>(w: &Matrix, spec: &Spec, method: &Q, parts: Parts)
     }
 
     // A tile is a run of outputs over all of K, so that it owns one run of each part.
-    let width = (TILE_FLOATS / spec.group_size).next_multiple_of(LANES).clamp(LANES, 16 * LANES);
+    // Wide tiles read memory in longer runs; but there must be tiles enough to share out.
+    let widest = (w.n / MIN_TILES).next_multiple_of(LANES).clamp(LANES, 32 * LANES);
+    let width = (TILE_FLOATS / spec.group_size).next_multiple_of(LANES).clamp(LANES, widest);
     let kb = spec.groups(w.k);
     let tiles = codes.par_chunks_mut(width * kb * spec.blob()).zip(scales.par_chunks_mut(width * kb));
     let tile = |i: usize, codes: &mut [u8], scales: &mut [f32], zero_points: Option<&mut [u8]>| {

@@ -41,39 +41,61 @@ impl Range {
 
     /// Scale and zero point of each lane.
     pub fn grid(&self, spec: &Spec) -> ([f32; LANES], [f32; LANES]) {
-        let mut scale = [0.0; LANES];
-        let mut zero = [spec.middle() as f32; LANES];
-        for lane in 0..LANES {
-            let (min, max) = (self.min[lane], self.max[lane]);
-            if spec.symmetric {
-                let m = if max.abs() > min.abs() { max } else { min };
-                scale[lane] = spec.stored(m / -(spec.middle() as f32));
-            } else {
-                (scale[lane], zero[lane]) = asymmetric(spec, min, max);
-            }
+        let zero = [spec.middle() as f32; LANES];
+        let mut scale = match spec.symmetric {
+            true => symmetric(self, zero[0]),
+            false => asymmetric_scale(self, spec.max_code() as f32),
+        };
+        if spec.f16_scales {
+            scale = scale.map(|s| spec.stored(s));
         }
-        (scale, zero)
+        match spec.symmetric {
+            true => (scale, zero),
+            false => (scale, asymmetric_zero(self, &scale, spec.max_code() as f32)),
+        }
     }
 }
 
-/// Scale and zero point that span `min..=max` and zero.
-fn asymmetric(spec: &Spec, min: f32, max: f32) -> (f32, f32) {
-    let steps = spec.max_code() as f32;
-    if min == max && min != 0.0 {
-        // One step away from zero, on the side of the value.
-        return (spec.stored(min.abs()), if min < 0.0 { 1.0 } else { 0.0 });
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn symmetric(range: &Range, middle: f32) -> [f32; LANES] {
+    let mut scale = [0.0; LANES];
+    for ((scale, &min), &max) in scale.iter_mut().zip(&range.min).zip(&range.max) {
+        let m = if max.abs() > min.abs() { max } else { min };
+        *scale = m / -middle;
     }
-    let (min, max) = (min.min(0.0), max.max(0.0));
-    let mut scale = (max - min) / steps;
-    if scale == f32::INFINITY {
-        scale = max / steps - min / steps;
+    scale
+}
+
+/// The step that spans the range and zero in `steps` steps. A repeated value is one step away from zero.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn asymmetric_scale(range: &Range, steps: f32) -> [f32; LANES] {
+    let mut scale = [0.0; LANES];
+    for ((scale, &min), &max) in scale.iter_mut().zip(&range.min).zip(&range.max) {
+        let low = if min < 0.0 { min } else { 0.0 };
+        let high = if max > 0.0 { max } else { 0.0 };
+        let span = (high - low) / steps;
+        let span = if span == f32::INFINITY { high / steps - low / steps } else { span };
+        *scale = if min == max { max.abs() } else { span };
     }
-    let scale = spec.stored(scale);
-    if scale == 0.0 {
-        return (0.0, 0.0);
+    scale
+}
+
+/// The code of zero, on the side of a repeated value that it is.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn asymmetric_zero(range: &Range, scale: &[f32; LANES], steps: f32) -> [f32; LANES] {
+    let mut zero = [0.0; LANES];
+    let ends = range.min.iter().zip(&range.max);
+    for ((zero, &scale), (&min, &max)) in zero.iter_mut().zip(scale).zip(ends) {
+        let low = if min < 0.0 { min } else { 0.0 };
+        let z = (0.0 - low / scale) + HALF;
+        // A scale of zero, or one rounded down to f16, may take this out of the codes.
+        let z = if z > 0.0 { z.floor() } else { 0.0 };
+        let z = if z < steps { z } else { steps };
+        let z = if scale == 0.0 { 0.0 } else { z };
+        let repeated = if min < 0.0 { 1.0 } else { 0.0 };
+        *zero = if min == max { repeated } else { z };
     }
-    let zero = (0.0 - min / scale).clamp(0.0, steps).round();
-    (scale, zero)
+    zero
 }
 
 /// Multiplies weights into steps; zero where a step is too small to be divided by.
