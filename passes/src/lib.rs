@@ -7,6 +7,7 @@ pub mod awq;
 pub mod const_fold;
 pub mod dce;
 pub mod eqsat;
+pub mod fold_scales;
 pub mod gram;
 pub mod grid;
 pub mod linear;
@@ -208,6 +209,7 @@ impl PassDef {
 pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<const_fold::ConstFold>("const-fold"),
     || PassDef::of::<dce::Dce>("dce"),
+    || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
