@@ -161,7 +161,11 @@ fn folding_keeps_the_outputs() {
             let inverse = m.add_const(top, "", Tensor::new(&[k], inverse).unwrap().to_const());
             let ty = m.ty(v).clone();
             let mul = |x, s| OpBuilder::new("onnx.Mul", &"mul".into()).operands([x, s]).result(ty.clone());
-            let first = m.insert_before(readers[0], mul(v, s));
+            // Folding may have moved the readers.
+            let order = &m.regions[top].ops;
+            let place = |op: &Op| order.iter().position(|o| o == op);
+            let reader = *readers.iter().min_by_key(|op| place(op)).unwrap();
+            let first = m.insert_before(reader, mul(v, s));
             let product = m.ops[first].result(0).unwrap();
             // An opaque op between keeps the second product from undoing the first.
             let max = OpBuilder::new("onnx.Max", &"max".into()).operands([product]).result(ty.clone());
@@ -176,6 +180,13 @@ fn folding_keeps_the_outputs() {
             }
             let outcome = eqsat::fold_window(&mut m, &ops, product).unwrap();
             assert!(outcome.absorbed, "{name}: {outcome:?}");
+            let order = dialects::ir::graph::topological(&m, m.top).unwrap();
+            assert_eq!(order, m.regions[m.top].ops, "definitions come before uses");
+            for op in m.live_ops() {
+                let dead = |v: &&Value| m.values[**v].def == dialects::ir::ValueDef::Erased;
+                let dead = m.ops[op].operands.iter().flatten().find(dead);
+                assert_eq!(dead, None, "{} {:?} reads what was erased", m.ops[op].name, m.ops[op].loc);
+            }
             folded += 1;
         }
         eprintln!("{name}: {folded} folded, {left} left");

@@ -10,9 +10,9 @@ use super::lang::{Head, Node};
 use super::window::{Scope, Window};
 use dialects::ir::{
     Attrs, ConstData, ConstError, ConstPool, Elem, Module, Op, OpBuilder, OpName, Region, Symbol,
-    TensorSource, Type, Value, ValueDef, infer,
+    TensorSource, Value, ValueDef, infer,
 };
-use dialects::ops::{EvalCx, Item, OpDef, OpError};
+use dialects::ops::{EvalCx, Fact, Item, OpDef, OpError};
 use dialects::tensor::Tensor;
 use egg::Id;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -40,7 +40,7 @@ struct Step {
     attrs: Attrs,
     operands: Vec<Source>,
     outputs: u32,
-    types: BTreeMap<u32, Type>,
+    facts: BTreeMap<u32, Fact>,
     /// The op that it stands for.
     like: Option<Op>,
     /// It goes after the op at this place minus one.
@@ -293,14 +293,14 @@ impl Planner<'_, '_, '_> {
             Some(&i) => i,
             None => {
                 let place = operands.iter().map(|&o| self.place(o)).max().unwrap_or(0);
-                let like = self.like(&node);
+                let like = self.like(class, &node);
                 let attrs = self.g.attrs(&node).clone();
                 self.plan.steps.push(Step {
                     name,
                     attrs,
                     operands,
                     outputs,
-                    types: BTreeMap::new(),
+                    facts: BTreeMap::new(),
                     like,
                     place,
                 });
@@ -308,22 +308,25 @@ impl Planner<'_, '_, '_> {
                 self.plan.steps.len() - 1
             }
         };
-        self.plan.steps[i].types.insert(result, self.g.ty(class).clone());
+        self.plan.steps[i].facts.insert(result, self.g.known(class).fact.clone());
         Ok(Source::New(i, result))
     }
 
-    /// The op of the window that an e-node resembles most: the same op on as many of the same operands as possible.
-    fn like(&self, node: &Node) -> Option<Op> {
-        let same = |n: &Node| {
-            n.children
-                .iter()
-                .zip(&node.children)
-                .filter(|(a, b)| self.g.find(**a) == self.g.find(**b))
-                .count()
+    /// The op of the window that an e-node stands for: one with the same result, or the same op on as many of the same
+    /// operands as possible, where constants made from one another count as the same.
+    fn like(&self, class: Id, node: &Node) -> Option<Op> {
+        let made_from = |c: Id| self.leaves(self.g.find(c));
+        let same = |a: Id, b: Id| {
+            self.g.find(a) == self.g.find(b)
+                || self.g.is_const(a) && made_from(a).iter().any(|v| made_from(b).contains(v))
+        };
+        let score = |id: Id, n: &Node| {
+            let operands = n.children.iter().zip(&node.children).filter(|(a, b)| same(**a, **b)).count();
+            (self.g.find(id) == self.g.find(class), operands)
         };
         let candidates =
             self.g.values.iter().filter(|(_, _, n)| n.head == node.head && !n.children.is_empty());
-        let best = candidates.max_by_key(|(v, _, n)| (same(n), std::cmp::Reverse(*v)))?;
+        let best = candidates.max_by_key(|(v, id, n)| (score(*id, n), std::cmp::Reverse(*v)))?;
         self.g.world().m.def_op(best.0).map(|(op, _)| op)
     }
 
@@ -452,8 +455,8 @@ impl Plan {
             let mut build =
                 OpBuilder::named(step.name.clone(), &loc).operands(operands).attrs(step.attrs.clone());
             for r in 0..step.outputs {
-                build = match step.types.get(&r) {
-                    Some(ty) => build.result(ty.clone()),
+                build = match step.facts.get(&r) {
+                    Some(fact) => build.result(fact.ty.clone()),
                     None => build.no_result(),
                 };
             }
@@ -463,6 +466,10 @@ impl Plan {
                 (None, Some(&first)) => m.insert_before(first, build),
                 (None, None) => m.push(region, build),
             };
+            for (&r, fact) in &step.facts {
+                let v = m.ops[op].result(r as usize).expect("a result that has a fact is wanted");
+                m.values[v].sym = fact.sym.clone();
+            }
             last.insert(step.place, op);
             ops.push(op);
         }
@@ -518,6 +525,10 @@ impl Plan {
             }
             gone.remove(&old);
             m.ops[old].operands = m.ops[new].operands.clone();
+            for (n, o) in pairs.iter().filter_map(|(n, o)| n.zip(*o)) {
+                m.values[o].ty = m.values[n].ty.clone();
+                m.values[o].sym = m.values[n].sym.clone();
+            }
             merged.extend(pairs.into_iter().filter_map(|(n, o)| n.zip(o)));
             for op in &mut m.regions[region].ops {
                 // The old op moves to the place of the new one.

@@ -21,7 +21,7 @@ mod tests;
 mod window;
 
 use crate::{PassCx, PassError};
-use dialects::ir::{Elem, Module, Op, Use, Value};
+use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::Ops;
 use extract::{Extraction, Extractor};
 use facts::Wish;
@@ -178,39 +178,45 @@ pub struct FoldOutcome {
 ///
 /// The types in `m` must be inferred.
 pub fn fold_window(m: &mut Module, ops: &Ops, product: Value) -> Result<FoldOutcome, String> {
+    fold_in(m, ops, product, |scope, readers| scope.upstream(product, readers))
+}
+
+/// Absorbs the product with a constant that defines `product` into the weights of the ops that read it, if that makes
+/// the model cheaper.
+///
+/// The types in `m` must be inferred.
+pub fn fold_into_readers(m: &mut Module, ops: &Ops, product: Value) -> Result<FoldOutcome, String> {
+    fold_in(m, ops, product, |scope, _| scope.around(product))
+}
+
+fn fold_in(
+    m: &mut Module,
+    ops: &Ops,
+    product: Value,
+    window: impl Fn(&Scope, &[Op]) -> Window,
+) -> Result<FoldOutcome, String> {
     let Some((mul, _)) = m.def_op(product) else { return Err("the value is not computed".into()) };
     let region = m.ops[mul].region;
     let (plan, mut outcome) = {
         let scope = Scope::new(m, region);
-        let uses = m.uses();
-        let readers: Vec<Op> = uses
-            .of(product)
-            .iter()
-            .filter_map(|u| match u {
-                Use::Operand(op, _) => Some(*op),
-                Use::Result(..) => None,
-            })
-            .collect();
-        let window = scope.upstream(product, &readers);
+        let window = window(&scope, &scope.readers(product));
         let mut g = Graph::new(m, ops);
         let roots = window.build(&mut g);
-        let factor = scaled_operand(m, mul);
         let limit = saturate(&mut g, Fuel::default());
-        let before: u64 = {
-            let in_window: BTreeSet<Op> = window.ops.iter().copied().collect();
-            let own =
-                g.values.iter().filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| in_window.contains(&o)));
-            own.map(|(_, id, node)| extract::cost(&g, *id, node)).sum()
-        };
+        let in_window: BTreeSet<Op> = window.ops.iter().copied().collect();
+        let own =
+            g.values.iter().filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| in_window.contains(&o)));
+        let before: u64 = own.map(|(_, id, node)| extract::cost(&g, *id, node)).sum();
         let extractor = Extractor::new(&g);
         let best = extractor.best(&roots, None).ok_or("the window cannot be extracted")?;
-        let bare = factor.and_then(|f| g.values.iter().find(|(v, _, _)| *v == f).map(|(_, id, _)| *id));
-        let bare: Option<Extraction> = bare.and_then(|bare| {
-            let roots: Vec<Id> = [bare].into_iter().chain(roots.iter().skip(1).copied()).collect();
-            extractor.best(&roots, None)
-        });
         let mut outcome = FoldOutcome { cost: (before, best.cost), ..FoldOutcome::default() };
-        outcome.absorbed = bare.is_some_and(|b| best.cost <= b.cost);
+        outcome.absorbed = match window.roots.contains(&product) {
+            true => {
+                let bare = without_product(m, mul, &g, &window, &roots, &extractor);
+                bare.is_some_and(|b| best.cost <= b.cost)
+            }
+            false => best.cost < before,
+        };
         outcome
             .limits
             .extend(limit.map(|l| format!("window of {:?}: stopped at {l}", m.value_label(product))));
@@ -226,6 +232,23 @@ pub fn fold_window(m: &mut Module, ops: &Ops, product: Value) -> Result<FoldOutc
     };
     outcome.sites = plan.apply(m, region).map_err(|e| e.to_string())?;
     Ok(outcome)
+}
+
+/// The best extraction of a window upstream of a product if the product had not been there.
+fn without_product(
+    m: &Module,
+    mul: Op,
+    g: &Graph,
+    window: &Window,
+    roots: &[Id],
+    extractor: &Extractor,
+) -> Option<Extraction> {
+    let factor = scaled_operand(m, mul)?;
+    let bare = g.values.iter().find(|(v, _, _)| *v == factor).map(|(_, id, _)| *id)?;
+    let product = m.ops[mul].result(0)?;
+    let roots: Vec<Id> =
+        window.roots.iter().zip(roots).map(|(&v, &id)| if v == product { bare } else { id }).collect();
+    extractor.best(&roots, None)
 }
 
 /// The factor of a product with a constant that is not the constant.

@@ -26,7 +26,7 @@ pub struct Scope<'a> {
 pub struct Window {
     /// Ops in program order, those on constants included.
     pub ops: Vec<Op>,
-    /// Values that are read from outside, the seed first.
+    /// Values that are read from outside, the seeds first.
     pub roots: Vec<Value>,
     /// Why it ends where it does.
     pub stops: Vec<String>,
@@ -49,6 +49,15 @@ impl<'a> Scope<'a> {
     /// Where the definition of a value stands: its op's place plus one, zero for what is there from the start.
     pub fn place_of(&self, v: Value) -> usize {
         self.m.def_op(v).and_then(|(op, _)| self.place.get(&op)).map_or(0, |p| p + 1)
+    }
+
+    /// The ops that read a value.
+    pub fn readers(&self, v: Value) -> Vec<Op> {
+        let op = |u: &Use| match u {
+            Use::Operand(op, _) => Some(*op),
+            Use::Result(..) => None,
+        };
+        self.uses.of(v).iter().filter_map(op).collect()
     }
 
     /// The place of the first op that reads a value and is not among `except`.
@@ -89,12 +98,26 @@ impl<'a> Scope<'a> {
 
     /// The window upstream of `seed`, whose users `readers` want it scaled.
     pub fn upstream(&self, seed: Value, readers: &[Op]) -> Window {
+        self.grow(&[seed], readers, None)
+    }
+
+    /// The window of `product` and of the ops that read it, in which it may move into their weights.
+    pub fn around(&self, product: Value) -> Window {
+        let readers = self.uses.of(product).iter().filter_map(|u| match u {
+            Use::Operand(op, _) if self.place.contains_key(op) => self.m.ops[*op].result(0),
+            _ => None,
+        });
+        self.grow(&readers.collect::<Vec<_>>(), &[], Some(product))
+    }
+
+    /// Grows upstream from `seeds`. A matrix product is followed into its left operand only where that is `through_left`.
+    fn grow(&self, seeds: &[Value], readers: &[Op], through_left: Option<Value>) -> Window {
         let m = self.m;
         let mut w = Window::default();
         let mut inside: BTreeMap<usize, Op> = BTreeMap::new();
         let mut shapes: Vec<Op> = Vec::new();
         // Latest definitions first: when a value's turn comes, every op of the window that reads it is there.
-        let mut front: BinaryHeap<(usize, Value)> = [(self.place_of(seed), seed)].into();
+        let mut front: BinaryHeap<(usize, Value)> = seeds.iter().map(|&v| (self.place_of(v), v)).collect();
         while let Some((place, v)) = front.pop() {
             let Some((op, _)) = m.def_op(v).filter(|(op, _)| self.place.contains_key(op)) else {
                 w.stops.push(format!("{:?} is an input", m.value_label(v)));
@@ -103,7 +126,9 @@ impl<'a> Scope<'a> {
             if inside.contains_key(&place) {
                 continue;
             }
-            let ours = |o: &Op| inside.values().any(|i| i == o) || (v == seed && readers.contains(o));
+            let seed = seeds.contains(&v);
+            let ours = |o: &Op| inside.values().any(|i| i == o) || (seed && readers.contains(o));
+            let forward = seed && through_left.is_some();
             let other = self.uses.of(v).iter().find_map(|u| match u {
                 Use::Operand(o, _) if ours(o) || reads_shape_only(&m.ops[*o]) => None,
                 Use::Operand(o, _) => {
@@ -111,7 +136,7 @@ impl<'a> Scope<'a> {
                 }
                 Use::Result(..) => Some("it is an output of the graph".to_string()),
             });
-            if let Some(other) = other {
+            if let Some(other) = other.filter(|_| !forward) {
                 w.stops.push(format!("{:?} is needed as it is: {other}", m.value_label(v)));
                 continue;
             }
@@ -140,6 +165,9 @@ impl<'a> Scope<'a> {
                 // A scale per channel goes to the right operand; a constant there takes it.
                 through = vec![1];
             }
+            if data.operand(0).is_some() && data.operand(0) == through_left {
+                through.push(0);
+            }
             for v in through.into_iter().filter_map(|i| data.operand(i)) {
                 if !self.constant(v, 8) {
                     front.push((self.place_of(v), v));
@@ -160,18 +188,18 @@ impl<'a> Scope<'a> {
             }
         }
         w.ops = inside.into_values().collect();
-        w.roots = self.roots(seed, &w.ops);
+        w.roots = self.roots(seeds, &w.ops);
         w
     }
 
-    fn roots(&self, seed: Value, ops: &[Op]) -> Vec<Value> {
+    fn roots(&self, seeds: &[Value], ops: &[Op]) -> Vec<Value> {
         let inside: HashSet<Op> = ops.iter().copied().collect();
         let results = ops.iter().flat_map(|&o| self.m.ops[o].results.iter().flatten().copied());
         let read = |v: &Value| {
             self.uses.of(*v).iter().any(|u| !matches!(u, Use::Operand(o, _) if inside.contains(o)))
         };
-        let mut roots = vec![seed];
-        roots.extend(results.filter(|v| *v != seed && read(v)));
+        let mut roots = seeds.to_vec();
+        roots.extend(results.filter(|v| !seeds.contains(v) && read(v)));
         roots
     }
 }
