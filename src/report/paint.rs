@@ -108,14 +108,17 @@ impl Painter {
         t.add_rows(table.rows);
         let last = table.right.len() - 1;
         let widest = t.column_max_content_widths();
+        // What the other columns leave, each with its padding, but room for a word.
+        let taken: u16 = widest[..last].iter().map(|w| w + 3).sum();
+        let room = self.width.saturating_sub(taken + 3).clamp(12, LAST_WIDTH);
         for (i, column) in t.column_iter_mut().enumerate() {
             if table.right[i] {
                 column.set_cell_alignment(CellAlignment::Right);
             }
             if i < last {
                 column.set_constraint(ColumnConstraint::ContentWidth);
-            } else if widest[i] > LAST_WIDTH {
-                column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(LAST_WIDTH)));
+            } else if widest[i] > room {
+                column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(room)));
             }
         }
         for line in t.lines() {
