@@ -265,7 +265,8 @@ pub const OPS: &[OpDef] = &[
     OpDef { name: "onnx.If", results: (1, usize::MAX), infer: infer_if, eval: eval_if, ..OpDef::NEW },
     OpDef {
         name: "onnx.Loop",
-        operands: (2, usize::MAX),
+        // The trip count and the condition may both be left out.
+        operands: (0, usize::MAX),
         results: (1, usize::MAX),
         infer: infer_loop,
         eval: eval_loop,
