@@ -33,6 +33,7 @@ class Calibration(unittest.TestCase):
         return {p.key: p.value for p in onnx.load(self.out).metadata_props}["qcc.calibration"]
 
     def error(self, *flags, model=MODEL):
+        self.out.unlink(missing_ok=True)
         message = qcc(*self.args(*flags, model=model), fails=1)
         self.assertFalse(self.out.exists())
         return " ".join(message.replace("│", " ").split())

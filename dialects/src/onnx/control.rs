@@ -265,6 +265,7 @@ pub const OPS: &[OpDef] = &[
     OpDef { name: "onnx.If", results: (1, usize::MAX), infer: infer_if, eval: eval_if, ..OpDef::NEW },
     OpDef {
         name: "onnx.Loop",
+        // The trip count and the condition may both be left out.
         operands: (0, usize::MAX),
         results: (1, usize::MAX),
         infer: infer_loop,
