@@ -149,6 +149,11 @@ fn stored(m: &Module) -> Result<Vec<Stored<'_>>, Error> {
             }
         }
     }
+    for f in &m.functions {
+        for id in f.defaults.consts() {
+            add(f.name.to_string(), id)?;
+        }
+    }
     Ok(out)
 }
 

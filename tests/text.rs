@@ -5,6 +5,7 @@ use dialects::ir::print::{Style, print};
 use dialects::ir::verify::verify;
 use dialects::ir::{Module, bind, parse};
 use dialects::ops::Ops;
+use dialects::random::odd_module;
 use qcc::onnx::{export, import};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -78,4 +79,28 @@ fn real_models_verify() {
         let found: Vec<String> = verify(&m, &ops).iter().map(ToString::to_string).collect();
         assert_eq!(found, [""; 0], "{}", path.display());
     }
+}
+
+#[test]
+fn weights_stand_beside_the_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("odd.qir");
+    let mut beside = 0;
+    for seed in 0..150 {
+        let m = odd_module(seed);
+        qcc::qir::write(&m, &path, &[]).unwrap();
+        let read = qcc::qir::read(&path).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        assert!(read.warnings.is_empty(), "seed {seed}: {:?}", read.warnings);
+        assert_eq!(print(&read.module, Style::FULL), print(&m, Style::FULL), "seed {seed}");
+        for c in read.module.consts.values() {
+            // Reading checks the hash.
+            c.read().unwrap();
+        }
+        let weights = qcc::qir::weights_path(&path);
+        if weights.exists() {
+            beside += 1;
+            std::fs::remove_file(weights).unwrap();
+        }
+    }
+    assert!(beside > 30, "only {beside} modules have large tensors: the test has lost its point");
 }
