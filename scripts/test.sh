@@ -38,8 +38,8 @@ step "python packages" python_packages
 step "formatting" cargo fmt --all --check
 step "lints" cargo clippy --workspace --all-targets --quiet -- -D warnings
 mkdir -p target
-step "the node tests of ONNX" "$venv/bin/python" scripts/node_cases.py target/node.cases
-export QCC_OP_CASES=$PWD/target/node.cases
+step "the tests of ONNX" "$venv/bin/python" tests/onnx_conformance/generate.py target/onnx_tests
+export QCC_ONNX_TESTS=$PWD/target/onnx_tests
 if [[ -n ${QCC_MODELS-} ]]; then
   step "what ONNX Runtime computes" "$venv/bin/python" scripts/model_values.py target/model_values.tsv
   export QCC_MODEL_VALUES=$PWD/target/model_values.tsv

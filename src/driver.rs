@@ -13,7 +13,7 @@ use passes::{Changed, PassCx, PassError, Report, Settings};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// After which passes to show something.
@@ -121,6 +121,13 @@ pub fn run(
         }
     }
     Ok(outcome)
+}
+
+/// Reads the model at `path`, types it, and refuses it if it contradicts itself.
+pub fn read(path: &Path, registry: &Registry) -> Result<Module, Error> {
+    let mut m = model::load(path)?.module;
+    let found = verify(&mut m, registry);
+    if found.is_empty() { Ok(m) } else { Err(Error::Invalid { path: path.to_owned(), found }) }
 }
 
 /// Types anew, and everything that is wrong with the module.

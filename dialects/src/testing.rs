@@ -216,12 +216,3 @@ fn tensor(words: &[&str]) -> Option<Tensor> {
     let c = ConstData::new(Elem::from_name(elem).unwrap(), dims, Arc::new(Bytes::from(bytes))).unwrap();
     Some(Tensor::from_const(&c).unwrap())
 }
-
-/// More cases than the repository holds, such as ONNX's own node tests (`scripts/node_cases.py`).
-#[test]
-fn the_cases_that_the_environment_names() {
-    match std::env::var("QCC_OP_CASES") {
-        Ok(path) => check_file(&path),
-        Err(_) => eprintln!("skipped: QCC_OP_CASES names no file"),
-    }
-}

@@ -6,8 +6,6 @@ use crate::data::tokens::{self, Rows, Take};
 use crate::driver;
 use crate::error::Error;
 use crate::eval::{EvalError, Scores, Subject, evaluate};
-use crate::model;
-use dialects::ir::Module;
 use dialects::ir::interp::Interpreter;
 use std::path::{Path, PathBuf};
 
@@ -30,8 +28,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
-    let m = read(&args.model, cx)?;
-    let baseline = args.baseline.as_deref().map(|path| read(path, cx)).transpose()?;
+    let m = driver::read(&args.model, &cx.registry)?;
+    let baseline = args.baseline.as_deref().map(|path| driver::read(path, &cx.registry)).transpose()?;
     let take = Take { rows: args.rows.unwrap_or(usize::MAX), len: usize::MAX, random: false, seed: 0 };
     let rows = tokens::read(&args.tokens, take).map_err(|e| Error::Data(e.to_string()))?;
     let exec = Interpreter::new(cx.registry.ops().clone()).exact(args.exact);
@@ -53,12 +51,6 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
         return print(&format!("{json}\n"));
     }
     print(&text(&scores, &rows, &model.notes))
-}
-
-fn read(path: &Path, cx: &Context) -> Result<Module, Error> {
-    let mut m = model::load(path)?.module;
-    let found = driver::verify(&mut m, &cx.registry);
-    if found.is_empty() { Ok(m) } else { Err(Error::Invalid { path: path.to_owned(), found }) }
 }
 
 fn text(s: &Scores, rows: &Rows, notes: &[String]) -> String {

@@ -1,10 +1,13 @@
 //! The command line. `qcc model.onnx --pass ... -o out.onnx` is the default command; the others are subcommands,
 //! one file each.
 
+mod convert;
+mod diff;
 mod eval;
 mod inspect;
 mod list;
 mod quantize;
+mod run;
 
 use crate::Registry;
 use crate::error::Error;
@@ -28,6 +31,9 @@ use std::process::ExitCode;
         qcc model.onnx --pass 'rtn{group=64, skip=[*lm_head*]},pack-int4' -o model.q.onnx\n  \
         qcc model.onnx --preset int4-awq --calib tokens.npy -o model.q.onnx --strict\n  \
         qcc eval model.q.onnx --tokens eval.npy --baseline model.onnx\n  \
+        qcc run model.onnx --input x=x.npy -o out.npz\n  \
+        qcc diff model.onnx model.q.onnx --input x=x.npy\n  \
+        qcc convert model.onnx -o model.qir\n  \
         qcc inspect model.onnx"
 )]
 struct Cli {
@@ -60,6 +66,12 @@ enum Command {
     Eval(eval::Args),
     /// What a model holds, and which of its weights can be quantized
     Inspect(inspect::Args),
+    /// Run a model on given inputs
+    Run(run::Args),
+    /// Run two models on the same inputs, and find where they part
+    Diff(diff::Args),
+    /// Write a model in another format, as one file or two, or against a newer operator set
+    Convert(convert::Args),
 }
 
 /// What a command works with.
@@ -99,6 +111,9 @@ fn run(cli: Cli, registry: Registry) -> Result<(), Error> {
     match cli.command {
         Some(Command::Eval(args)) => eval::run(&args, &cx),
         Some(Command::Inspect(args)) => inspect::run(&args, &cx),
+        Some(Command::Run(args)) => run::run(&args, &cx),
+        Some(Command::Diff(args)) => diff::run(&args, &cx),
+        Some(Command::Convert(args)) => convert::run(&args, &cx),
         None if cli.quantize.list_passes => list::run(&cx),
         None => match cli.quantize.completions {
             Some(shell) => {

@@ -1,7 +1,9 @@
 //! Arrays and tokens from outside, and what a language model is fed with: the ground of calibration and evaluation.
 
+pub mod inputs;
 pub mod lm;
 pub mod npy;
+pub mod npz;
 pub mod tokens;
 
 use dialects::ir::Symbol;

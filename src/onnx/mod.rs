@@ -15,6 +15,7 @@ mod rope;
 mod scan;
 mod tensors;
 mod types;
+pub mod values;
 
 /// The newest operator set of ONNX that is known here.
 pub const MAX_OPSET: i64 = 28;

@@ -197,6 +197,25 @@ messages! {
         dims: Vec<i64> = 3 (int64, repeated, packed = "false"),
     }
 
+    /// A sequence in a file of its own; `kind` is `SequenceProto.elem_type`. Sequences of sparse tensors and of maps are
+    /// left out.
+    SequenceProto {
+        name: Option<String> = 1 (string, optional),
+        kind: Option<i32> = 2 (int32, optional),
+        tensor_values: Vec<TensorProto> = 3 (message, repeated),
+        sequence_values: Vec<SequenceProto> = 5 (message, repeated),
+        optional_values: Vec<OptionalProto> = 7 (message, repeated),
+    }
+
+    /// An optional in a file of its own; `kind` is `OptionalProto.elem_type`. Sparse tensors and maps are left out.
+    OptionalProto {
+        name: Option<String> = 1 (string, optional),
+        kind: Option<i32> = 2 (int32, optional),
+        tensor_value: Option<TensorProto> = 3 (message, optional),
+        sequence_value: Option<Box<SequenceProto>> = 5 (message, optional, boxed),
+        optional_value: Option<Box<OptionalProto>> = 7 (message, optional, boxed),
+    }
+
     /// The name and type of a value.
     ValueInfoProto {
         name: Option<String> = 1 (string, optional),

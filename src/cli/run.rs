@@ -1,0 +1,174 @@
+//! `qcc run`: a model on given inputs; its outputs as a summary, and as arrays.
+
+use super::{Context, painter, print};
+use crate::data::{inputs, npz};
+use crate::driver;
+use crate::error::Error;
+use crate::report::paint::Table;
+use dialects::exec::{Executor, run_once};
+use dialects::ir::interp::Interpreter;
+use dialects::ir::{Elem, Module, Value};
+use dialects::onnx::cast::convert;
+use dialects::ops::Item;
+use dialects::tensor::{Data, Tensor};
+use serde::Serialize;
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// The model
+    model: PathBuf,
+    #[command(flatten)]
+    inputs: inputs::Options,
+    /// Give this value instead of the model's outputs; any value of the top graph, by name. May be given more than once
+    #[arg(long, value_name = "NAME")]
+    value: Vec<String>,
+    /// Where to write the values, as arrays (.npz); what numpy has no type for is widened
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    with: With,
+}
+
+/// What to run with.
+#[derive(clap::Args)]
+pub(super) struct With {
+    /// What computes
+    #[arg(long, value_enum, default_value_t)]
+    executor: Kind,
+    /// Leave out the int8 activations that packed ops of accuracy_level 4 compute with
+    #[arg(long)]
+    exact: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+enum Kind {
+    /// The interpreter: the reference
+    #[default]
+    Interp,
+}
+
+impl With {
+    /// The executor asked for.
+    pub(super) fn executor(&self, cx: &Context) -> impl Executor + use<> {
+        match self.executor {
+            Kind::Interp => Interpreter::new(cx.registry.ops().clone()).exact(self.exact),
+        }
+    }
+}
+
+/// A tensor that came out.
+#[derive(Serialize)]
+struct Out {
+    name: String,
+    elem: String,
+    shape: Vec<usize>,
+    min: Option<f64>,
+    max: Option<f64>,
+    mean: Option<f64>,
+    /// Elements that are infinite or no number.
+    not_finite: usize,
+}
+
+pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
+    let m = driver::read(&args.model, &cx.registry)?;
+    let wanted = wanted(args, &m)?;
+    let given = args.inputs.read(&m, cx.registry.ops(), &cx.term)?;
+    if let Some(made) = &given.made {
+        cx.term.trace(&format!("inputs: {made}\n"));
+    }
+    let exec = args.with.executor(cx);
+    let failed = |e: &dyn std::fmt::Display| Error::Model(format!("{}: {e}", args.model.display()));
+    let items = run_once(&exec, &m, &given.values, &wanted).map_err(|e| failed(&e))?;
+    let mut tensors = Vec::new();
+    for (&v, item) in wanted.iter().zip(items) {
+        flatten(m.values[v].name.to_string(), item, &mut tensors);
+    }
+    if let Some(path) = &args.output {
+        npz::write(path, &tensors)?;
+    }
+    let outs: Vec<Out> = tensors.iter().map(|(name, t)| out(name, t)).collect();
+    if cx.json {
+        let json = serde_json::to_string_pretty(&outs).expect("a summary is plain data");
+        return print(&format!("{json}\n"));
+    }
+    if cx.term.quiet() {
+        return Ok(());
+    }
+    let mut table = Table::new(&["value", "type", ">min", ">max", ">mean", ">not finite"]);
+    for o in &outs {
+        let shape: Vec<String> = o.shape.iter().map(ToString::to_string).collect();
+        let number = |x: Option<f64>| x.map_or("-".to_string(), |x| format!("{x:.6}"));
+        table.row([
+            o.name.clone(),
+            format!("{}[{}]", o.elem, shape.join(", ")),
+            number(o.min),
+            number(o.max),
+            number(o.mean),
+            o.not_finite.to_string(),
+        ]);
+    }
+    let mut text = String::new();
+    painter(false).table(&mut text, table);
+    print(&text)
+}
+
+/// The values to compute: those named, or the model's outputs.
+fn wanted(args: &Args, m: &Module) -> Result<Vec<Value>, Error> {
+    if args.value.is_empty() {
+        return Ok(m.regions[m.top].results.clone());
+    }
+    let find = |name: &String| {
+        let found = top_values(m).find(|&v| *m.values[v].name == **name);
+        found.ok_or_else(|| Error::Usage {
+            message: format!("--value: the top graph has no value {name:?}"),
+            help: None,
+        })
+    };
+    args.value.iter().map(find).collect()
+}
+
+/// The values of the top graph, in program order.
+pub(super) fn top_values(m: &Module) -> impl Iterator<Item = Value> + '_ {
+    let top = &m.regions[m.top];
+    let computed = top.ops.iter().flat_map(|&op| m.ops[op].results.iter().flatten().copied());
+    top.args.iter().copied().chain(computed)
+}
+
+/// The tensors in an item: elements of a sequence are numbered, an optional without a value gives none.
+fn flatten(name: String, item: Item, out: &mut Vec<(String, Tensor)>) {
+    match item {
+        Item::Tensor(t) => out.push((name, t)),
+        Item::Sequence(items) => {
+            items.into_iter().enumerate().for_each(|(i, item)| flatten(format!("{name}.{i}"), item, out));
+        }
+        Item::Optional(inner) => {
+            if let Some(inner) = inner {
+                flatten(name, *inner, out);
+            }
+        }
+    }
+}
+
+/// The elements as numbers; none for text and complex numbers.
+pub(super) fn numbers(t: &Tensor) -> Vec<f64> {
+    match convert(t, Elem::F64, false).map(Tensor::into_data) {
+        Ok(Data::F64(v)) => v,
+        _ => Vec::new(),
+    }
+}
+
+fn out(name: &str, t: &Tensor) -> Out {
+    let v = numbers(t);
+    let finite: Vec<f64> = v.iter().copied().filter(|x| x.is_finite()).collect();
+    let some = |x: f64| (!finite.is_empty()).then_some(x);
+    Out {
+        name: name.into(),
+        elem: t.elem().to_string(),
+        shape: t.shape().to_vec(),
+        min: some(finite.iter().copied().fold(f64::INFINITY, f64::min)),
+        max: some(finite.iter().copied().fold(f64::NEG_INFINITY, f64::max)),
+        mean: some(finite.iter().sum::<f64>() / finite.len() as f64),
+        not_finite: v.len() - finite.len(),
+    }
+}
