@@ -76,9 +76,9 @@ fn a_run_gives_what_another_runtime_reads() {
     let values = logits.into_vec::<f32>().unwrap();
     let json: serde_json::Value = serde_json::from_str(&ok(&["run", MODEL, "--json"])).unwrap();
     let max: f64 = values.iter().copied().fold(f32::MIN, f32::max).into();
-    let said = json[0]["max"].as_f64().unwrap();
+    let said = json["values"][0]["max"].as_f64().unwrap();
     assert!((said - max).abs() < 1e-9, "the same inputs are made again: {said}, {max}");
-    assert_eq!(json[0]["name"], "logits");
+    assert_eq!(json["values"][0]["name"], "logits");
 }
 
 #[test]

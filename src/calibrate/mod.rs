@@ -302,7 +302,7 @@ impl Opening<'_> {
             return self.tokens(lm, rows, format!("{count} x {len} random tokens (seed {seed})"));
         }
         let noise = Noise::of(self.m, count, self.options.seq_len, seed)?;
-        let description = format!("{count} samples of noise (seed {seed})");
+        let description = format!("{} of noise (seed {seed})", crate::report::paint::count(count, "sample"));
         let mut c = Calibration::new(Source::Noise(noise), description);
         c.warnings.push("calibration data is noise: give real inputs where the result matters".into());
         Ok(c)

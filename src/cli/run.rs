@@ -1,11 +1,12 @@
 //! `qcc run`: a model on given inputs; its outputs as a summary, and as arrays.
 
 use super::{Context, painter, print};
+use crate::calibrate::positive;
 use crate::data::{inputs, npz};
 use crate::driver;
 use crate::error::Error;
-use crate::report::paint::Table;
-use dialects::exec::{Executor, run_once};
+use crate::report::paint::{Table, seconds};
+use dialects::exec::{ExecError, Executor, run_once};
 use dialects::ir::interp::Interpreter;
 use dialects::ir::{Elem, Module, Value};
 use dialects::onnx::cast::convert;
@@ -13,6 +14,7 @@ use dialects::ops::Item;
 use dialects::tensor::{Data, Tensor};
 use serde::Serialize;
 use std::path::PathBuf;
+use std::time::Instant;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -26,6 +28,9 @@ pub(super) struct Args {
     /// Where to write the values, as arrays (.npz); what numpy has no type for is widened
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Run this often, and report the median time of a run
+    #[arg(long, value_name = "N", value_parser = positive)]
+    repeat: Option<usize>,
     #[command(flatten)]
     with: With,
 }
@@ -80,6 +85,8 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let exec = args.with.executor(cx);
     let failed = |e: &dyn std::fmt::Display| Error::Model(format!("{}: {e}", args.model.display()));
     let items = run_once(&exec, &m, &given.values, &wanted).map_err(|e| failed(&e))?;
+    let median = args.repeat.map(|n| median(&exec, &m, &given.values, &wanted, n)).transpose();
+    let median = median.map_err(|e| failed(&e))?;
     let mut tensors = Vec::new();
     for (&v, item) in wanted.iter().zip(items) {
         flatten(m.values[v].name.to_string(), item, &mut tensors);
@@ -89,8 +96,8 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     }
     let outs: Vec<Out> = tensors.iter().map(|(name, t)| out(name, t)).collect();
     if cx.json {
-        let json = serde_json::to_string_pretty(&outs).expect("a summary is plain data");
-        return print(&format!("{json}\n"));
+        let json = serde_json::json!({ "values": outs, "seconds": median });
+        return print(&format!("{json:#}\n"));
     }
     if cx.term.quiet() {
         return Ok(());
@@ -110,7 +117,30 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     }
     let mut text = String::new();
     painter(false).table(&mut text, table);
+    if let (Some(s), Some(n)) = (median, args.repeat) {
+        text.push_str(&format!("{} a run, the median of {n}\n", seconds(s)));
+    }
     print(&text)
+}
+
+/// The median time of `n` runs, in seconds; what is done once for all runs does not count.
+fn median(
+    exec: &dyn Executor,
+    m: &Module,
+    inputs: &[(Value, Item)],
+    wanted: &[Value],
+    n: usize,
+) -> Result<f64, ExecError> {
+    let prepared = exec.prepare(m, wanted)?;
+    let mut times = Vec::new();
+    // Once more: the first run reads constants.
+    for _ in 0..=n {
+        let started = Instant::now();
+        prepared.run(inputs, &mut |_, _| Ok(()))?;
+        times.push(started.elapsed().as_secs_f64());
+    }
+    times[1..].sort_by(f64::total_cmp);
+    Ok(times[1 + n / 2])
 }
 
 /// The values to compute: those named, or the model's outputs.

@@ -2,7 +2,7 @@
 //!
 //! Half types are computed in f32 and rounded once per op. Integers wrap around; division truncates towards zero.
 
-use super::util::{broadcast, fact, sym2, wrong_elem};
+use super::util::{broadcast, fact, same_type, sym2, wrong_elem};
 use crate::ir::{Dim, Elem};
 use crate::kernels::strided::{broadcast_shape, count, map2};
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
@@ -360,7 +360,7 @@ pub const OPS: &[OpDef] = &[
         |cx| infer_numbers(cx, if cx.attrs.int("fmod").unwrap_or(0) == 0 { dim_mod } else { unknown }),
         modulo,
     ),
-    op("onnx.PRelu", |cx| broadcast(cx, cx.elem(0), 0..2), prelu),
+    op("onnx.PRelu", |cx| if cx.opset < 7 { same_type(cx) } else { broadcast(cx, cx.elem(0), 0..2) }, prelu),
     op("onnx.BitShift", |cx| infer_numbers(cx, unknown), shift),
     op("onnx.BitwiseAnd", |cx| infer_numbers(cx, unknown), |cx| bits!(cx, |x, y| x & y)),
     op("onnx.BitwiseOr", |cx| infer_numbers(cx, unknown), |cx| bits!(cx, |x, y| x | y)),
@@ -371,9 +371,15 @@ pub const OPS: &[OpDef] = &[
     many("onnx.Mean", |cx| infer_variadic(cx, unknown), mean),
 ];
 
-/// `x` where it is not negative, and `slope * x` elsewhere; the slope broadcasts to `x`.
+/// `x` where it is not negative, and `slope * x` elsewhere; the slope broadcasts to `x`. Before opset 7 it has one
+/// element, or one for each channel, which are dim 1.
 fn prelu(cx: &EvalCx) -> Evaluated {
-    let (x, slope) = operands(cx)?;
+    let (x, mut slope) = operands(cx)?;
+    if cx.opset < 7 && slope.len() > 1 && x.rank() > 2 {
+        let mut shape = vec![1; x.rank() - 1];
+        shape[0] = slope.len();
+        slope = slope.reshape(&shape)?;
+    }
     let zero = Tensor::from_f32(Elem::F32, &[], vec![0.0])?;
     let zero = super::cast::convert(&zero, x.elem(), true)?;
     cx.one(add(&larger(&x, &zero)?, &mul(&smaller(&x, &zero)?, &slope)?)?)
