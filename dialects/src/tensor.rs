@@ -172,8 +172,7 @@ impl Tensor {
 
     /// A tensor of element type `elem`, whose storage `data` must be the one [`Data`] says for it.
     pub fn with_elem(elem: Elem, shape: &[usize], data: Data) -> Result<Tensor, TensorError> {
-        let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-        if count != Some(data.len()) {
+        if count(shape) != Some(data.len()) {
             return Err(TensorError::Shape { shape: shape.to_vec(), count: data.len() });
         }
         if storage(elem) != data.elem() {
@@ -239,7 +238,7 @@ impl Tensor {
 
     /// The same elements in another shape of as many elements.
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor, TensorError> {
-        if shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)) != Some(self.len()) {
+        if count(shape) != Some(self.len()) {
             return Err(TensorError::Shape { shape: shape.to_vec(), count: self.len() });
         }
         Ok(Tensor { elem: self.elem, shape: shape.to_vec(), data: self.data.clone() })
@@ -318,6 +317,13 @@ impl Tensor {
         let dims = self.shape.iter().map(|&d| d as u64).collect();
         ConstData::new(self.elem, dims, Arc::new(bytes)).expect("encoding gives the bytes its type asks for")
     }
+}
+
+/// The number of elements of `shape`. `None` when a product of some of its sizes overflows, even where another one is
+/// zero: ops multiply the sizes around an axis.
+fn count(shape: &[usize]) -> Option<usize> {
+    let sizes = shape.iter().filter(|&&d| d > 0).try_fold(1usize, |n, &d| n.checked_mul(d))?;
+    Some(if shape.contains(&0) { 0 } else { sizes })
 }
 
 /// The element type of the storage that holds `elem`.

@@ -98,6 +98,19 @@ pub(crate) fn check(name: &str) {
     check_file(&format!("{}/testdata/{name}.cases", env!("CARGO_MANIFEST_DIR")));
 }
 
+/// Checks that inference from full types and evaluation both refuse `case`, with `message` among their words.
+pub(crate) fn refused(case: &Case, message: &str) {
+    let full = |_: usize, t: &Tensor| Type::of_shape(t.elem(), t.shape());
+    let inferred = case.infer(&case.facts(full, true)).map(|_| ()).map_err(|e| e.to_string());
+    let evaluated = case.eval(false).map(|_| ()).map_err(|e| e.to_string());
+    for (how, result) in [("inference", inferred), ("evaluation", evaluated)] {
+        match result {
+            Ok(()) => panic!("{how} of {} accepts what should be refused: {message}", case.label),
+            Err(e) => assert!(e.contains(message), "{how} of {}: {e:?} does not say {message:?}", case.label),
+        }
+    }
+}
+
 fn check_file(path: &str) {
     let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}"));
     let cases = parse(&text);
@@ -105,6 +118,10 @@ fn check_file(path: &str) {
     let failures: Vec<String> = cases.iter().flat_map(|c| check_one(c).err()).collect();
     assert!(failures.is_empty(), "{} of {} failed:\n{}", failures.len(), cases.len(), failures.join("\n"));
 }
+
+/// Ops whose sizes depend on floats, or on more contents than inference follows: they stay unknown.
+const BY_VALUE: [&str; 8] =
+    ["Range", "OneHot", "NonZero", "Unique", "Compress", "Resize", "Upsample", "NonMaxSuppression"];
 
 fn check_one(case: &Case) -> Result<(), String> {
     let fail = |what: String| format!("{}: {what}", case.label);
@@ -145,9 +162,7 @@ fn check_one(case: &Case) -> Result<(), String> {
             let Some(want) = want else { continue };
             let ty = inferred.get(i).map_or(Type::Unknown, |f| f.ty.clone());
             let want = Type::of_shape(want.elem(), want.shape());
-            // Sizes that depend on floats, or on more contents than inference follows, stay unknown.
-            let by_value =
-                ["Range", "OneHot", "NonZero", "Unique", "Compress", "Resize"].contains(&case.op.op());
+            let by_value = BY_VALUE.contains(&case.op.op());
             if ty.unify(&want).is_none() || (view == "full" && ty != want && !by_value) {
                 return Err(fail(format!("from {view} types result {i} is inferred {ty}, expected {want}")));
             }
@@ -188,7 +203,7 @@ fn parse(text: &str) -> Vec<Case> {
                 let attr = match kind {
                     "i" => Attr::Int(values[0].parse().unwrap()),
                     "f" => Attr::Float(values[0].parse().unwrap()),
-                    "s" => Attr::from(values[0]),
+                    "s" => Attr::from(values.join(" ").as_str()),
                     "is" => Attr::Ints(values.iter().map(|v| v.parse().unwrap()).collect()),
                     "fs" => Attr::Floats(values.iter().map(|v| v.parse().unwrap()).collect()),
                     "ss" => Attr::Strs(values.iter().map(|v| Bytes::copy_from_slice(v.as_bytes())).collect()),

@@ -5,5 +5,6 @@ pub mod gemm;
 pub mod math;
 pub mod minifloat;
 pub mod packed;
+pub(crate) mod real;
 pub mod row;
 pub mod strided;

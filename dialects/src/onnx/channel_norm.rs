@@ -1,8 +1,9 @@
-//! Normalization per channel: BatchNormalization with given statistics, InstanceNormalization, GroupNormalization.
-//! Computed in single precision. Channels are dim 1.
+//! Normalization per channel: BatchNormalization with given statistics, InstanceNormalization, GroupNormalization, and
+//! LRN. Computed in double precision for f64, else in single. Channels are dim 1.
 
 use super::util;
-use crate::kernels::row;
+use crate::ir::Attrs;
+use crate::kernels::real::{Real, with_real};
 use crate::ops::{EvalCx, Evaluated, OpDef, OpError};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
@@ -14,21 +15,28 @@ pub const OPS: &[OpDef] = &[
         operands: (5, 5),
         results: (1, 5),
         infer: util::same_type,
-        eval: batch,
+        eval: |cx| with_real!(cx.input(0)?, T => batch::<T>(cx)),
         ..OpDef::NEW
     },
     OpDef {
         name: "onnx.InstanceNormalization",
         operands: (3, 3),
         infer: util::same_type,
-        eval: |cx| grouped(cx, None),
+        eval: |cx| with_real!(cx.input(0)?, T => grouped::<T>(cx, None)),
         ..OpDef::NEW
     },
     OpDef {
         name: "onnx.GroupNormalization",
         operands: (3, 3),
         infer: util::same_type,
-        eval: |cx| grouped(cx, cx.attrs.int("num_groups")),
+        eval: |cx| with_real!(cx.input(0)?, T => grouped::<T>(cx, cx.attrs.int("num_groups"))),
+        ..OpDef::NEW
+    },
+    OpDef {
+        name: "onnx.LRN",
+        infer: util::same_type,
+        verify: |cx| region(cx.attrs, cx.dims(0).map(<[_]>::len)).map(|_| ()),
+        eval: |cx| with_real!(cx.input(0)?, T => lrn::<T>(cx)),
         ..OpDef::NEW
     },
 ];
@@ -44,36 +52,36 @@ fn channels(x: &Tensor) -> Result<(usize, usize), OpError> {
 }
 
 /// Operand `i`, which must have `n` elements.
-fn per_channel(cx: &EvalCx, i: usize, n: usize) -> Result<Vec<f32>, OpError> {
+fn per_channel<T: Real>(cx: &EvalCx, i: usize, n: usize) -> Result<Vec<T>, OpError> {
     let t = cx.input(i)?;
     match t.len() == n {
-        true => Ok(t.to_f32()?.into_owned()),
+        true => Ok(T::values(t)?.into_owned()),
         false => Err(OpError::invalid(format!("operand {i} has {} elements, expected {n}", t.len()))),
     }
 }
 
-fn batch(cx: &EvalCx) -> Evaluated {
+fn batch<T: Real>(cx: &EvalCx) -> Evaluated {
     if cx.int_or("training_mode", 0) != 0 || (cx.opset < 7 && cx.int_or("is_test", 0) == 0) {
         return Err(OpError::Unsupported("BatchNormalization in training mode".into()));
     }
     let x = cx.input(0)?;
     let (count, cells) = channels(x)?;
-    let [scale, bias, mean, variance] = [1, 2, 3, 4].map(|i| per_channel(cx, i, count));
+    let [scale, bias, mean, variance] = [1, 2, 3, 4].map(|i| per_channel::<T>(cx, i, count));
     let (scale, bias, mean, variance) = (scale?, bias?, mean?, variance?);
-    let epsilon = cx.float_or("epsilon", 1e-5);
-    let mut y = x.to_f32()?.into_owned();
+    let epsilon = T::of(cx.float_or("epsilon", 1e-5).into());
+    let mut y = T::values(x)?.into_owned();
     if cells > 0 {
         y.par_chunks_mut(cells).enumerate().for_each(|(i, y)| {
             let c = i % count;
-            row::shift_scale(y, mean[c], scale[c] / (variance[c] + epsilon).sqrt());
-            row::shift_scale(y, -bias[c], 1.0);
+            T::row_shift_scale(y, mean[c], scale[c] / (variance[c] + epsilon).sqrt());
+            T::row_shift_scale(y, -bias[c], T::one());
         });
     }
-    cx.one(Tensor::from_f32(x.elem(), x.shape(), y)?)
+    cx.one(T::tensor(x.elem(), x.shape(), y)?)
 }
 
 /// Each group of channels normalized by its own mean and variance, one group per channel when `groups` is absent.
-fn grouped(cx: &EvalCx, groups: Option<i64>) -> Evaluated {
+fn grouped<T: Real>(cx: &EvalCx, groups: Option<i64>) -> Evaluated {
     let x = cx.input(0)?;
     let (count, cells) = channels(x)?;
     let groups = groups.map_or(count, |g| usize::try_from(g).unwrap_or(0));
@@ -84,23 +92,57 @@ fn grouped(cx: &EvalCx, groups: Option<i64>) -> Evaluated {
     let per_group = count / groups;
     let shared = cx.input(1)?.len() == groups && cx.opset < 21;
     let parameters = if shared { groups } else { count };
-    let (scale, bias) = (per_channel(cx, 1, parameters)?, per_channel(cx, 2, parameters)?);
-    let epsilon = cx.float_or("epsilon", 1e-5);
-    let mut y = x.to_f32()?.into_owned();
+    let (scale, bias) = (per_channel::<T>(cx, 1, parameters)?, per_channel::<T>(cx, 2, parameters)?);
+    let epsilon = T::of(cx.float_or("epsilon", 1e-5).into());
+    let mut y = T::values(x)?.into_owned();
     let n = per_group * cells;
     if n > 0 {
         y.par_chunks_mut(n).enumerate().for_each(|(i, y)| {
-            let mean = row::sum(y) / n as f32;
-            let inverse = 1.0 / (row::sum_of_squares(y, mean) / n as f32 + epsilon).sqrt();
+            let mean = T::row_sum(y) / T::of(n as f64);
+            let inverse = (T::row_sum_of_squares(y, mean) / T::of(n as f64) + epsilon).sqrt().recip();
             for (j, y) in y.chunks_exact_mut(cells).enumerate() {
                 let group = i % groups;
                 let c = if shared { group } else { group * per_group + j };
-                row::shift_scale(y, mean, inverse * scale[c]);
-                row::shift_scale(y, -bias[c], 1.0);
+                T::row_shift_scale(y, mean, inverse * scale[c]);
+                T::row_shift_scale(y, -bias[c], T::one());
             }
         });
     }
-    cx.one(Tensor::from_f32(x.elem(), x.shape(), y)?)
+    cx.one(T::tensor(x.elem(), x.shape(), y)?)
+}
+
+/// How many channels before and behind each one LRN sums over.
+fn region(attrs: &Attrs, rank: Option<usize>) -> Result<(usize, usize), OpError> {
+    let size = attrs.int("size").ok_or_else(|| OpError::invalid("the attribute size is missing"))?;
+    match usize::try_from(size) {
+        Ok(size) if size > 0 && rank.is_none_or(|r| r >= 2) => Ok(((size - 1) / 2, size / 2)),
+        Ok(size) if size > 0 => Err(OpError::invalid("expected a batch and channels")),
+        _ => Err(OpError::invalid(format!("size is {size}, expected a positive number"))),
+    }
+}
+
+/// `X / (bias + alpha / size * sum of squares) ^ beta`, the sum over the channels around.
+fn lrn<T: Real>(cx: &EvalCx) -> Evaluated {
+    let x = cx.input(0)?;
+    let (before, behind) = region(cx.attrs, Some(x.rank()))?;
+    let attr = |name, default| f64::from(cx.float_or(name, default));
+    let (beta, bias) = (T::of(attr("beta", 0.75)), T::of(attr("bias", 1.0)));
+    let alpha = T::of(attr("alpha", 1e-4) / (before + behind + 1) as f64);
+    let (count, cells) = channels(x)?;
+    let values = T::values(x)?;
+    let mut y = vec![T::zero(); values.len()];
+    if !y.is_empty() {
+        y.par_chunks_mut(cells).enumerate().for_each(|(i, y)| {
+            let (first, c) = (i / count * count, i % count);
+            for near in c.saturating_sub(before)..count.min(c.saturating_add(behind).saturating_add(1)) {
+                let row = &values[(first + near) * cells..][..cells];
+                y.iter_mut().zip(row).for_each(|(sum, &v)| *sum += v * v);
+            }
+            let row = &values[i * cells..][..cells];
+            y.iter_mut().zip(row).for_each(|(y, &v)| *y = v / (bias + alpha * *y).powf(beta));
+        });
+    }
+    cx.one(T::tensor(x.elem(), x.shape(), y)?)
 }
 
 #[cfg(test)]

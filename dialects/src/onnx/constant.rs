@@ -167,20 +167,25 @@ fn infer_range(cx: &InferCx) -> Inferred {
     Ok(cx.elem(0).map(|e| fact(e, Some(vec![len]), contents)).into_iter().collect())
 }
 
+/// The type that the attribute `dtype` names, if it is there.
+fn eye_type(attrs: &crate::ir::Attrs) -> Option<Option<Elem>> {
+    attrs.int("dtype").map(|code| i32::try_from(code).ok().and_then(Elem::from_onnx))
+}
+
 /// A matrix with ones on a diagonal.
 fn eval_eye(cx: &EvalCx) -> Evaluated {
     let t = cx.input(0)?;
     let &[rows, cols] = t.shape() else { return Err(OpError::invalid("expected a matrix")) };
     let k = cx.int_or("k", 0);
-    let on = |i: usize| (i / cols) as i64 + k == (i % cols) as i64;
+    let on = |i: usize| k.saturating_add((i / cols) as i64) == (i % cols) as i64;
     let ones: Vec<u8> = (0..rows * cols).map(|i| on(i).into()).collect();
-    let to = cx.attrs.int("dtype").map_or(Some(t.elem()), |c| Elem::from_onnx(c as i32));
+    let to = eye_type(cx.attrs).unwrap_or(Some(t.elem()));
     let to = to.ok_or_else(|| OpError::invalid("dtype is no element type"))?;
     cx.one(super::cast::convert(&Tensor::new(&[rows, cols], ones)?, to, true)?)
 }
 
 fn infer_eye(cx: &InferCx) -> Inferred {
-    let elem = cx.attrs.int("dtype").map_or(cx.elem(0), |c| Elem::from_onnx(c as i32));
+    let elem = eye_type(cx.attrs).unwrap_or(cx.elem(0));
     one(elem, cx.dims(0).map(<[Dim]>::to_vec))
 }
 

@@ -117,7 +117,11 @@ pub(crate) fn product_f64(a: &Tensor, b: &Tensor) -> Result<(Vec<usize>, Vec<f64
 }
 
 fn eval_matmul(cx: &EvalCx) -> Evaluated {
-    let (a, b) = (cx.input(0)?, cx.input(1)?);
+    cx.one(product(cx.input(0)?, cx.input(1)?)?)
+}
+
+/// `numpy.matmul` of tensors of one type.
+pub(crate) fn product(a: &Tensor, b: &Tensor) -> Result<Tensor, OpError> {
     let (x, y) = (a.shape(), b.shape());
     macro_rules! wrapping {
         ($a:expr, $b:expr, $t:ty) => {{
@@ -128,7 +132,7 @@ fn eval_matmul(cx: &EvalCx) -> Evaluated {
             Tensor::new(&shape, c)?
         }};
     }
-    let out = match (a.data(), b.data()) {
+    Ok(match (a.data(), b.data()) {
         (Data::F64(a), Data::F64(b)) => {
             let (shape, c) = floats((a, x), (b, y))?;
             Tensor::new(&shape, c)?
@@ -144,8 +148,7 @@ fn eval_matmul(cx: &EvalCx) -> Evaluated {
             let (shape, c) = floats((&a.to_f32()?, x), (&b.to_f32()?, y))?;
             Tensor::from_f32(a.elem(), &shape, c)?
         }
-    };
-    cx.one(out)
+    })
 }
 
 fn transposed(attrs: &Attrs) -> (bool, bool) {

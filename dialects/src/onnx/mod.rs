@@ -4,12 +4,19 @@ use crate::ops::OpDef;
 
 mod attention;
 mod binary;
+mod blocks;
+mod boxes;
 pub mod cast;
+mod causal_conv;
 mod channel_norm;
 mod compare;
 mod constant;
 mod control;
-mod conv;
+pub(crate) mod conv;
+mod conv_transpose;
+mod det;
+mod einsum;
+mod fourier;
 mod gather;
 pub(crate) mod matmul;
 mod movement;
@@ -20,7 +27,9 @@ mod pool;
 mod recurrent;
 mod reduce;
 mod reshape;
+mod resize;
 mod rotary;
+mod sample;
 mod scatter;
 mod select;
 mod softmax;
@@ -32,12 +41,19 @@ mod window;
 pub const FAMILIES: &[&[OpDef]] = &[
     attention::OPS,
     binary::OPS,
+    blocks::OPS,
+    boxes::OPS,
+    causal_conv::OPS,
     cast::OPS,
     channel_norm::OPS,
     compare::OPS,
     constant::OPS,
     control::OPS,
     conv::OPS,
+    conv_transpose::OPS,
+    det::OPS,
+    einsum::OPS,
+    fourier::OPS,
     gather::OPS,
     matmul::OPS,
     movement::OPS,
@@ -48,7 +64,9 @@ pub const FAMILIES: &[&[OpDef]] = &[
     recurrent::OPS,
     reduce::OPS,
     reshape::OPS,
+    resize::OPS,
     rotary::OPS,
+    sample::OPS,
     scatter::OPS,
     select::OPS,
     softmax::OPS,

@@ -10,7 +10,7 @@ use super::util::{
 use crate::ir::Dim;
 use crate::kernels::strided::{broadcast_shape, broadcast_strides, count, gather, strides};
 use crate::map_data;
-use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, Item, OpDef, OpError};
+use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::Tensor;
 
 /// A way to read a contiguous tensor.
@@ -21,10 +21,10 @@ struct View {
 }
 
 impl View {
-    fn read(&self, t: &Tensor) -> Result<Item, OpError> {
+    fn read(&self, t: &Tensor) -> Result<Tensor, OpError> {
         count(&self.shape)?;
         let data = map_data!(t.data(), v => gather(v, &self.shape, &self.strides, self.base));
-        Ok(Tensor::with_elem(t.elem(), &self.shape, data)?.into())
+        Ok(Tensor::with_elem(t.elem(), &self.shape, data)?)
     }
 
     fn symbols(&self, s: &[Dim]) -> Option<Vec<Dim>> {
@@ -60,13 +60,15 @@ fn transposed(shape: &[usize], perm: &[usize]) -> View {
 fn eval_transpose(cx: &EvalCx) -> Evaluated {
     let t = cx.input(0)?;
     let perm = permutation(cx.attrs, t.rank())?;
-    let view = transposed(t.shape(), &perm);
+    cx.one(transpose(t, &perm)?)
+}
+
+/// `t` with its dims in the order `perm`.
+pub(crate) fn transpose(t: &Tensor, perm: &[usize]) -> Result<Tensor, OpError> {
+    let view = transposed(t.shape(), perm);
     // Moving dims of size one moves no element.
     let kept = perm.iter().filter(|&&p| t.shape()[p] != 1);
-    if kept.is_sorted() {
-        return cx.one(t.reshape(&view.shape)?);
-    }
-    Ok(vec![view.read(t)?])
+    if kept.is_sorted() { Ok(t.reshape(&view.shape)?) } else { view.read(t) }
 }
 
 fn infer_transpose(cx: &InferCx) -> Inferred {
@@ -125,7 +127,7 @@ fn eval_slice(cx: &EvalCx) -> Evaluated {
         return Err(OpError::invalid("starts, ends, axes and steps have different lengths"));
     }
     let cuts: Vec<Cut> = (0..starts.len()).map(|i| (along[i], starts[i], ends[i], steps[i])).collect();
-    Ok(vec![sliced(t.shape(), &cuts)?.read(t)?])
+    cx.one(sliced(t.shape(), &cuts)?.read(t)?)
 }
 
 /// The size that a slice leaves of a dim.
@@ -212,7 +214,7 @@ fn eval_split(cx: &EvalCx) -> Evaluated {
     let mut out = Vec::new();
     for n in parts {
         let cut = (i, from as i64, (from + n) as i64, 1);
-        out.push(sliced(t.shape(), &[cut])?.read(t)?);
+        out.push(sliced(t.shape(), &[cut])?.read(t)?.into());
         from += n;
     }
     Ok(out)
@@ -258,7 +260,7 @@ fn eval_expand(cx: &EvalCx) -> Evaluated {
     if view.shape.iter().product::<usize>() == t.len() {
         return cx.one(t.reshape(&view.shape)?);
     }
-    Ok(vec![view.read(t)?])
+    cx.one(view.read(t)?)
 }
 
 fn infer_expand(cx: &InferCx) -> Inferred {
@@ -294,7 +296,7 @@ fn eval_tile(cx: &EvalCx) -> Evaluated {
         return Err(OpError::Invalid(format!("{} repeats for {} dims", repeats.len(), t.rank())));
     }
     let (view, shape) = tiled(t.shape(), &repeats);
-    cx.one(view.read(t)?.tensor()?.reshape(&shape)?)
+    cx.one(view.read(t)?.reshape(&shape)?)
 }
 
 fn infer_tile(cx: &InferCx) -> Inferred {
@@ -329,7 +331,7 @@ fn eval_concat(cx: &EvalCx) -> Evaluated {
                 t.elem()
             )));
         }
-        shape[i] += t.shape()[i];
+        shape[i] = shape[i].saturating_add(t.shape()[i]);
     }
     count(&shape)?;
     let outer: usize = shape[..i].iter().product();

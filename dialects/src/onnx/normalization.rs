@@ -1,11 +1,13 @@
-//! LayerNormalization and RMSNormalization: over all dims from `axis` on. Computed in single precision.
+//! LayerNormalization and RMSNormalization: over all dims from `axis` on. Computed in double
+//! precision for f64, else in single.
 //!
 //! `Y = (X - mean) / sqrt(variance + epsilon) * scale + bias`; RMSNormalization has no mean and no bias.
 
 use super::softmax::task_rows;
 use super::util;
 use crate::ir::{Dim, Elem, Type};
-use crate::kernels::{row, strided};
+use crate::kernels::real::{Real, with_real};
+use crate::kernels::strided;
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
@@ -17,14 +19,14 @@ pub const OPS: &[OpDef] = &[
         operands: (2, 3),
         results: (1, 3),
         infer,
-        eval: |cx| eval(cx, true),
+        eval: |cx| with_real!(cx.input(0)?, T => eval::<T>(cx, true)),
         ..OpDef::NEW
     },
     OpDef {
         name: "onnx.RMSNormalization",
         operands: (2, 2),
         infer,
-        eval: |cx| eval(cx, false),
+        eval: |cx| with_real!(cx.input(0)?, T => eval::<T>(cx, false)),
         ..OpDef::NEW
     },
 ];
@@ -43,9 +45,9 @@ fn infer(cx: &InferCx) -> Inferred {
     Ok(facts)
 }
 
-/// `t` as one f32 per element of `dims`, to which it must broadcast.
-fn spread(t: &Tensor, dims: &[usize]) -> Result<Vec<f32>, OpError> {
-    let values = t.to_f32()?;
+/// `t` as one number per element of `dims`, to which it must broadcast.
+fn spread<T: Real>(t: &Tensor, dims: &[usize]) -> Result<Vec<T>, OpError> {
+    let values = T::values(t)?;
     // Leading ones do not count; what is left must be at most the dims' rank.
     let ones = t.shape().iter().take_while(|&&n| n == 1).count();
     let own = &t.shape()[ones.min(t.rank().saturating_sub(dims.len()))..];
@@ -60,40 +62,41 @@ fn spread(t: &Tensor, dims: &[usize]) -> Result<Vec<f32>, OpError> {
     Ok(strided::gather(&values, dims, &strided::broadcast_strides(own, dims), 0))
 }
 
-fn eval(cx: &EvalCx, centered: bool) -> Evaluated {
+fn eval<T: Real>(cx: &EvalCx, centered: bool) -> Evaluated {
     let x = cx.input(0)?;
     let axis = util::axis(cx.int_or("axis", -1), x.rank())?;
     let (outer, dims) = x.shape().split_at(axis);
-    let epsilon = cx.float_or("epsilon", 1e-5);
-    let scale = spread(cx.input(1)?, dims)?;
+    let epsilon = T::of(cx.float_or("epsilon", 1e-5).into());
+    let scale = spread::<T>(cx.input(1)?, dims)?;
     let bias = cx.opt(2)?.map(|b| spread(b, dims)).transpose()?;
     let n = scale.len();
-    let mut y = x.to_f32()?.into_owned();
+    let length = T::of(n as f64);
+    let mut y = T::values(x)?.into_owned();
     let rows = strided::count(outer)?;
-    let (mut means, mut inverses) = (vec![0f32; rows], vec![0f32; rows]);
+    let (mut means, mut inverses) = (vec![T::zero(); rows], vec![T::zero(); rows]);
     if n > 0 {
         let per_task = task_rows(n);
         let statistics = means.par_chunks_mut(per_task).zip(inverses.par_chunks_mut(per_task));
         y.par_chunks_mut(per_task * n).zip(statistics).for_each(|(y, (means, inverses))| {
             let statistics = means.iter_mut().zip(inverses);
             for (y, (mean, inverse)) in y.chunks_exact_mut(n).zip(statistics) {
-                *mean = if centered { row::sum(y) / n as f32 } else { 0.0 };
-                *inverse = 1.0 / (row::sum_of_squares(y, *mean) / n as f32 + epsilon).sqrt();
-                row::normalize(y, *mean, *inverse, &scale);
+                *mean = if centered { T::row_sum(y) / length } else { T::zero() };
+                *inverse = (T::row_sum_of_squares(y, *mean) / length + epsilon).sqrt().recip();
+                T::row_normalize(y, *mean, *inverse, &scale);
                 if let Some(bias) = &bias {
-                    row::add(y, bias);
+                    T::row_add(y, bias);
                 }
             }
         });
     }
-    let y = Tensor::from_f32(x.elem(), x.shape(), y)?;
+    let y = T::tensor(x.elem(), x.shape(), y)?;
     if cx.outputs < 2 {
         return cx.one(y);
     }
     let kept: Vec<usize> = outer.iter().copied().chain(dims.iter().map(|_| 1)).collect();
     let stash = i32::try_from(cx.int_or("stash_type", 1)).ok().and_then(Elem::from_onnx).unwrap_or(Elem::F32);
-    let mean = Tensor::from_f32(stash, &kept, means)?;
-    let inverse = Tensor::from_f32(stash, &kept, inverses)?;
+    let mean = T::tensor(stash, &kept, means)?;
+    let inverse = T::tensor(stash, &kept, inverses)?;
     Ok(vec![y.into(), mean.into(), inverse.into()])
 }
 

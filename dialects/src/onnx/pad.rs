@@ -1,9 +1,9 @@
-//! Pad, in all its modes, cropping included.
+//! Pad, in all its modes, cropping included, and CenterCropPad.
 //!
 //! Each dim has a map from places of the result to places of the operand, or to the constant.
 
-use super::util::{Ints, axes, fact, infer_ints, ints_or, moved};
-use crate::ir::{Dim, Elem};
+use super::util::{Ints, axes, fact, infer_ints, ints_or, moved, shape_of};
+use crate::ir::{Attrs, Dim, Elem};
 use crate::kernels::strided::{count, strides};
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::{Data, Tensor};
@@ -56,6 +56,27 @@ fn padded<T: Clone>(x: &[T], shape: &[usize], maps: &[Vec<Option<usize>>], value
     out
 }
 
+/// The tensor whose element at each place is the element of `t` that `maps` name, dim by dim; `value`, or zero, where
+/// one of them names none. `value` has one element of the type of `t`.
+pub(crate) fn placed(t: &Tensor, maps: &[Vec<Option<usize>>], value: Option<&Tensor>) -> Evaluated {
+    let shape: Vec<usize> = maps.iter().map(Vec::len).collect();
+    count(&shape)?;
+    macro_rules! pad {
+        ($($variant:ident)*) => {
+            match t.data() {
+                $(Data::$variant(v) => {
+                    let value = match value.map(Tensor::data) {
+                        Some(Data::$variant(c)) => c[0].clone(),
+                        _ => Default::default(),
+                    };
+                    Data::$variant(padded(v, t.shape(), maps, value))
+                })*
+            }
+        };
+    }
+    moved(t, &shape, pad!(F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 Bool C64 C128 Str))
+}
+
 /// The amounts are an attribute before opset 11; the dims they are for can be chosen from opset 18 on.
 fn eval(cx: &EvalCx) -> Evaluated {
     let t = cx.input(0)?;
@@ -92,20 +113,7 @@ fn eval(cx: &EvalCx) -> Evaluated {
         }
         (None, None) => None,
     };
-    macro_rules! pad {
-        ($($variant:ident)*) => {
-            match t.data() {
-                $(Data::$variant(v) => {
-                    let value = match value.as_ref().map(Tensor::data) {
-                        Some(Data::$variant(c)) => c[0].clone(),
-                        _ => Default::default(),
-                    };
-                    Data::$variant(padded(v, t.shape(), &maps, value))
-                })*
-            }
-        };
-    }
-    moved(t, &shape, pad!(F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 Bool C64 C128 Str))
+    placed(t, &maps, value.as_ref())
 }
 
 fn infer(cx: &InferCx) -> Inferred {
@@ -136,5 +144,56 @@ fn infer(cx: &InferCx) -> Inferred {
     Ok(vec![fact(elem, Some(dims), None)])
 }
 
-/// Pad.
-pub const OPS: &[OpDef] = &[OpDef { name: "onnx.Pad", operands: (1, 4), infer, eval, ..OpDef::NEW }];
+/// Which dims CenterCropPad resizes.
+fn centered(attrs: &Attrs, rank: usize, given: usize) -> Result<Vec<usize>, OpError> {
+    let along = match attrs.ints("axes") {
+        Some(v) => axes(v, rank)?,
+        None => (0..rank).collect(),
+    };
+    match along.len() == given {
+        true => Ok(along),
+        false => Err(OpError::Invalid(format!("{given} sizes for {} dims", along.len()))),
+    }
+}
+
+/// The middle of the operand, or the operand in the middle of zeros. An odd cell is cut off or added behind.
+fn eval_center(cx: &EvalCx) -> Evaluated {
+    let t = cx.input(0)?;
+    let sizes = shape_of(&cx.input(1)?.to_i64()?)?;
+    let mut shape = t.shape().to_vec();
+    centered(cx.attrs, t.rank(), sizes.len())?.iter().zip(sizes).for_each(|(&i, n)| shape[i] = n);
+    count(&shape)?;
+    let before =
+        |own: usize, n: usize| if n < own { -(((own - n) / 2) as i64) } else { ((n - own) / 2) as i64 };
+    let maps = t.shape().iter().zip(&shape).map(|(&own, &n)| sources(own, before(own, n), n, "constant"));
+    placed(t, &maps.collect::<Result<Vec<_>, _>>()?, None)
+}
+
+fn infer_center(cx: &InferCx) -> Inferred {
+    let Some(elem) = cx.elem(0) else { return Ok(Vec::new()) };
+    let Some(d) = cx.dims(0) else { return Ok(vec![fact(elem, None, None)]) };
+    let mut dims = d.to_vec();
+    match cx.sym(1) {
+        Some(sizes) => {
+            let along = centered(cx.attrs, d.len(), sizes.len())?;
+            along.iter().zip(sizes).for_each(|(&i, n)| dims[i] = n.clone());
+        }
+        None => match cx.attrs.ints("axes") {
+            Some(v) => axes(v, d.len())?.iter().for_each(|&i| dims[i] = Dim::Unknown),
+            None => dims.fill(Dim::Unknown),
+        },
+    }
+    Ok(vec![fact(elem, Some(dims), None)])
+}
+
+/// Pad and CenterCropPad.
+pub const OPS: &[OpDef] = &[
+    OpDef { name: "onnx.Pad", operands: (1, 4), infer, eval, ..OpDef::NEW },
+    OpDef {
+        name: "onnx.CenterCropPad",
+        operands: (2, 2),
+        infer: infer_center,
+        eval: eval_center,
+        ..OpDef::NEW
+    },
+];

@@ -91,6 +91,18 @@ fn eval(cx: &EvalCx, kind: Kind) -> Evaluated {
         let (x, n) = lined_up(&values, t.shape(), &gone);
         Ok(fold_rows(&x, n, len, f))
     };
+    let nothing = gone.iter().any(|&i| t.shape()[i] == 0);
+    // The largest or smallest of nothing is an end of the element type, whichever the fold was done in.
+    macro_rules! narrow {
+        ($wide:expr, $t:ty) => {{
+            let end = |x: i64| match x {
+                i64::MIN if nothing => <$t>::MIN,
+                i64::MAX if nothing => <$t>::MAX,
+                x => x as $t,
+            };
+            $wide.into_iter().map(end).collect::<Vec<$t>>().into()
+        }};
+    }
     let data: Data = match t.data() {
         Data::F64(v) => {
             let (x, n) = lined_up(v, t.shape(), &gone);
@@ -102,22 +114,22 @@ fn eval(cx: &EvalCx, kind: Kind) -> Evaluated {
             return cx.one(Tensor::from_f32(t.elem(), &shape, fold_rows(&x, n, len, kind.single))?);
         }
         Data::I64(_) => int(t)?.into(),
-        Data::I32(_) => int(t)?.into_iter().map(|x| x as i32).collect::<Vec<_>>().into(),
-        Data::I16(_) => int(t)?.into_iter().map(|x| x as i16).collect::<Vec<_>>().into(),
+        Data::I32(_) => narrow!(int(t)?, i32),
+        Data::I16(_) => narrow!(int(t)?, i16),
         Data::I8(_) if t.elem() == Elem::I8 => {
-            int(t)?.into_iter().map(|x| x as i8).collect::<Vec<_>>().into()
+            narrow!(int(t)?, i8)
         }
-        Data::U32(_) => int(t)?.into_iter().map(|x| x as u32).collect::<Vec<_>>().into(),
-        Data::U16(_) => int(t)?.into_iter().map(|x| x as u16).collect::<Vec<_>>().into(),
+        Data::U32(_) => narrow!(int(t)?, u32),
+        Data::U16(_) => narrow!(int(t)?, u16),
         Data::U8(_) if t.elem() == Elem::U8 => {
-            int(t)?.into_iter().map(|x| x as u8).collect::<Vec<_>>().into()
+            narrow!(int(t)?, u8)
         }
         Data::U64(v) => {
             let f = kind.int.ok_or_else(|| wrong_elem("a float type", t))?;
             let v: Option<Vec<i64>> = v.iter().map(|&x| i64::try_from(x).ok()).collect();
             let v = v.ok_or_else(|| OpError::Unsupported("a reduction of u64 beyond 2^63".into()))?;
             let (x, n) = lined_up(&v, t.shape(), &gone);
-            fold_rows(&x, n, len, f).into_iter().map(|x| x as u64).collect::<Vec<_>>().into()
+            narrow!(fold_rows(&x, n, len, f), u64)
         }
         Data::Bool(_) => int(t)?.into_iter().map(|x| x > 0).collect::<Vec<_>>().into(),
         _ => return Err(wrong_elem("a numeric type", t)),
@@ -303,3 +315,29 @@ pub const OPS: &[OpDef] = &[
     OpDef { name: "onnx.ArgMax", infer: infer_arg, eval: |cx| arg(cx, true), ..OpDef::NEW },
     OpDef { name: "onnx.ArgMin", infer: infer_arg, eval: |cx| arg(cx, false), ..OpDef::NEW },
 ];
+
+#[cfg(test)]
+mod tests {
+    use crate::tensor::{Data, Tensor};
+    use crate::testing::Case;
+
+    #[test]
+    fn the_extremes_of_nothing_are_the_ends_of_the_element_type() {
+        let of = |op: &str, data: Data| {
+            let x = Tensor::new(&[2, 0], data).unwrap();
+            let y = Case::new(op, 18, &[], vec![Some(x), Some(Tensor::new(&[1], vec![1i64]).unwrap())])
+                .eval(false);
+            y.unwrap()[0].tensor().unwrap().data().clone()
+        };
+        assert_eq!(of("onnx.ReduceMax", Data::I32(vec![])), Data::I32(vec![i32::MIN; 2]));
+        assert_eq!(of("onnx.ReduceMin", Data::I32(vec![])), Data::I32(vec![i32::MAX; 2]));
+        assert_eq!(of("onnx.ReduceMax", Data::I8(vec![])), Data::I8(vec![-128; 2]));
+        assert_eq!(of("onnx.ReduceMin", Data::I8(vec![])), Data::I8(vec![127; 2]));
+        assert_eq!(of("onnx.ReduceMax", Data::U8(vec![])), Data::U8(vec![0; 2]));
+        assert_eq!(of("onnx.ReduceMin", Data::U8(vec![])), Data::U8(vec![255; 2]));
+        assert_eq!(of("onnx.ReduceMin", Data::U64(vec![])), Data::U64(vec![u64::MAX; 2]));
+        assert_eq!(of("onnx.ReduceMax", Data::I64(vec![])), Data::I64(vec![i64::MIN; 2]));
+        assert_eq!(of("onnx.ReduceMax", Data::Bool(vec![])), Data::Bool(vec![false; 2]));
+        assert_eq!(of("onnx.ReduceProd", Data::I32(vec![])), Data::I32(vec![1; 2]));
+    }
+}

@@ -1,11 +1,10 @@
 //! Softmax and LogSoftmax. From opset 13 on along one axis; before, over all dims from `axis` on taken as one.
 //!
-//! Computed in single precision, whatever the float type.
+//! Computed in double precision for f64, else in single.
 
 use super::util;
-use crate::kernels::row;
+use crate::kernels::real::{Real, with_real};
 use crate::ops::{EvalCx, Evaluated, OpDef};
-use crate::tensor::Tensor;
 use rayon::prelude::*;
 
 /// The ops of this file.
@@ -13,13 +12,13 @@ pub const OPS: &[OpDef] = &[
     OpDef {
         name: "onnx.Softmax",
         infer: util::same_type,
-        eval: |cx| along_axis(cx, row::softmax),
+        eval: |cx| with_real!(cx.input(0)?, T => along_axis(cx, T::row_softmax)),
         ..OpDef::NEW
     },
     OpDef {
         name: "onnx.LogSoftmax",
         infer: util::same_type,
-        eval: |cx| along_axis(cx, row::log_softmax),
+        eval: |cx| with_real!(cx.input(0)?, T => along_axis(cx, T::row_log_softmax)),
         ..OpDef::NEW
     },
 ];
@@ -30,13 +29,13 @@ pub(crate) fn task_rows(n: usize) -> usize {
 }
 
 /// Runs `f` on every row of `n` elements, on threads.
-pub(crate) fn each_row(data: &mut [f32], n: usize, f: impl Fn(&mut [f32]) + Sync) {
+fn each_row<T: Send>(data: &mut [T], n: usize, f: impl Fn(&mut [T]) + Sync) {
     if n > 0 {
         data.par_chunks_mut(task_rows(n) * n).for_each(|task| task.chunks_exact_mut(n).for_each(&f));
     }
 }
 
-fn along_axis(cx: &EvalCx, f: fn(&mut [f32])) -> Evaluated {
+fn along_axis<T: Real>(cx: &EvalCx, f: fn(&mut [T])) -> Evaluated {
     let x = cx.input(0)?;
     let shape = x.shape();
     let flatten = cx.opset < 13;
@@ -47,7 +46,7 @@ fn along_axis(cx: &EvalCx, f: fn(&mut [f32])) -> Evaluated {
         rank if flatten && axis == rank as i64 => rank,
         rank => util::axis(axis, rank)?,
     };
-    let mut data = x.to_f32()?.into_owned();
+    let mut data = T::values(x)?.into_owned();
     let (n, inner): (usize, usize) = match flatten || shape.is_empty() {
         true => (shape[axis..].iter().product(), 1),
         false => (shape[axis], shape[axis + 1..].iter().product()),
@@ -56,7 +55,7 @@ fn along_axis(cx: &EvalCx, f: fn(&mut [f32])) -> Evaluated {
         each_row(&mut data, n, f);
     } else if !data.is_empty() {
         data.par_chunks_mut(n * inner).for_each(|block| {
-            let mut line = vec![0f32; n];
+            let mut line = vec![T::zero(); n];
             for i in 0..inner {
                 (0..n).for_each(|j| line[j] = block[j * inner + i]);
                 f(&mut line);
@@ -64,7 +63,7 @@ fn along_axis(cx: &EvalCx, f: fn(&mut [f32])) -> Evaluated {
             }
         });
     }
-    cx.one(Tensor::from_f32(x.elem(), shape, data)?)
+    cx.one(T::tensor(x.elem(), shape, data)?)
 }
 
 #[cfg(test)]

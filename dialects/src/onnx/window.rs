@@ -131,6 +131,47 @@ impl Window {
         input.iter().enumerate().map(one).collect()
     }
 
+    /// What a transposed op with this window makes of `n` cells along dim `i`: the size of its result, and how many
+    /// cells are cut off before it. `extra` cells are added behind; a size that is `wanted` decides the padding.
+    pub fn transposed(
+        &self,
+        i: usize,
+        n: usize,
+        extra: usize,
+        wanted: Option<usize>,
+    ) -> Result<(usize, usize), OpError> {
+        let (begin, end) = (self.pads[i], self.pads[self.kernel.len() + i]);
+        let steps = n.saturating_sub(1).checked_mul(self.strides[i]).filter(|_| n < MAX);
+        let full =
+            steps.and_then(|s| s.checked_add(self.reach(i) + extra)).ok_or_else(|| self.misfit(i, n))?;
+        match wanted.or((self.auto != Auto::Given).then_some(n * self.strides[i])) {
+            Some(size) => {
+                let padding = full.saturating_sub(size);
+                Ok((size, if self.auto == Auto::Upper { padding / 2 } else { padding - padding / 2 }))
+            }
+            None => match full.checked_sub(begin + end) {
+                Some(size) if size > 0 => Ok((size, begin)),
+                _ => Err(OpError::invalid(format!(
+                    "padding of {begin} and {end} cells leaves nothing of {full}"
+                ))),
+            },
+        }
+    }
+
+    /// The windows that slide over an image of sizes `input` and begin `begin` cells before it, one for each cell of
+    /// `output`.
+    pub fn over(&self, input: Vec<usize>, begin: Vec<usize>, output: &[usize]) -> Sliding {
+        Sliding {
+            end: vec![0; input.len()],
+            input,
+            output: output.to_vec(),
+            kernel: self.kernel.clone(),
+            strides: self.strides.clone(),
+            dilations: self.dilations.clone(),
+            begin,
+        }
+    }
+
     fn misfit(&self, i: usize, n: usize) -> OpError {
         OpError::invalid(format!("a window of {} does not fit {n} cells and padding", self.reach(i)))
     }
@@ -168,9 +209,77 @@ impl Window {
 
 impl Sliding {
     /// The input cell along dim `i` that window `out` sees at its own cell `k`; `None` in the padding.
-    pub fn cell(&self, i: usize, out: usize, k: usize) -> Option<usize> {
+    fn cell(&self, i: usize, out: usize, k: usize) -> Option<usize> {
         let at = out * self.strides[i] + k * self.dilations[i];
         at.checked_sub(self.begin[i]).filter(|&at| at < self.input[i])
+    }
+
+    /// The number of cells of a window.
+    pub fn taps(&self) -> usize {
+        self.kernel.iter().product()
+    }
+
+    /// The number of cells of the input.
+    pub fn cells(&self) -> usize {
+        self.input.iter().product()
+    }
+
+    /// The number of windows.
+    pub fn positions(&self) -> usize {
+        self.output.iter().product()
+    }
+
+    /// Calls `f(at, cell)` for each of the windows `from..from + width` whose own cell `tap` lies on the input, in
+    /// order: window `from + at` sees the input's `cell` there. All three are flat, row-major indices.
+    pub fn seen(&self, tap: usize, from: usize, width: usize, mut f: impl FnMut(usize, usize)) {
+        let rank = self.input.len();
+        let Some(last) = rank.checked_sub(1) else { return (0..width).for_each(|at| f(at, 0)) };
+        let (mut index, mut out) = (vec![0; rank], vec![0; rank]);
+        unflatten(tap, &self.kernel, &mut index);
+        let (stride, ahead) = (self.strides[last], index[last] * self.dilations[last]);
+        // The windows, counted along the last dim, from which on the tap is on the input, and from which on behind it.
+        let enters = self.begin[last].saturating_sub(ahead).div_ceil(stride);
+        let leaves = (self.begin[last] + self.input[last]).saturating_sub(ahead).div_ceil(stride);
+        let mut at = 0;
+        while at < width {
+            // One run of windows along the last dim: the dims before it are the same for all of them.
+            unflatten(from + at, &self.output, &mut out);
+            let (first, run) = (out[last], (self.output[last] - out[last]).min(width - at));
+            let along = |base: usize, i: usize| Some(base * self.input[i] + self.cell(i, out[i], index[i])?);
+            if let Some(line) = (0..last).try_fold(0, along) {
+                let line = line * self.input[last];
+                for window in enters.max(first)..leaves.min(first + run) {
+                    f(at + window - first, line + window * stride + ahead - self.begin[last]);
+                }
+            }
+            at += run;
+        }
+    }
+
+    /// The cells that the windows `from..from + width` see, as `[channels * taps, width]`; what lies in the padding is
+    /// left as it is. `image` is some channels of the input.
+    pub fn unfold<T: Copy>(&self, image: &[T], from: usize, width: usize, columns: &mut [T]) {
+        let (cells, taps) = (self.cells(), self.taps());
+        for (row, columns) in columns.chunks_exact_mut(width).enumerate() {
+            let image = &image[row / taps * cells..][..cells];
+            self.seen(row % taps, from, width, |at, cell| columns[at] = image[cell]);
+        }
+    }
+
+    /// The transpose of [`Sliding::unfold`]: each column's cells are added to the image's with `add`.
+    pub fn fold<T: Copy>(
+        &self,
+        columns: &[T],
+        from: usize,
+        width: usize,
+        image: &mut [T],
+        add: impl Fn(&mut T, T),
+    ) {
+        let (cells, taps) = (self.cells(), self.taps());
+        for (row, columns) in columns.chunks_exact(width).enumerate() {
+            let image = &mut image[row / taps * cells..][..cells];
+            self.seen(row % taps, from, width, |at, cell| add(&mut image[cell], columns[at]));
+        }
     }
 }
 

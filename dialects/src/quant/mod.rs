@@ -19,9 +19,10 @@ use crate::ops::OpDef;
 mod dequantize;
 mod gather_block;
 mod integer;
+mod integer_conv;
 mod matmul_nbits;
 mod qdq;
 
 /// Every family of ops in this dialect.
 pub const FAMILIES: &[&[OpDef]] =
-    &[dequantize::OPS, gather_block::OPS, integer::OPS, matmul_nbits::OPS, qdq::OPS];
+    &[dequantize::OPS, gather_block::OPS, integer::OPS, integer_conv::OPS, matmul_nbits::OPS, qdq::OPS];
