@@ -1,6 +1,7 @@
 //! What an op is: a name, type inference, a verifier and a reference evaluation; and the table of all ops.
 
-use crate::ir::{Attrs, ConstId, ConstPool, Dim, Elem, OpName, Region, Type};
+use crate::ir::{Attrs, ConstId, ConstPool, Dim, Elem, Function, OpName, Region, Type};
+use crate::onnx::functions;
 use crate::tensor::{Tensor, TensorError};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -137,6 +138,29 @@ impl From<Tensor> for Item {
 }
 
 impl Item {
+    /// The type, as far as the value tells: an empty sequence does not say of what.
+    pub fn ty(&self) -> Type {
+        match self {
+            Item::Tensor(t) => Type::of_shape(t.elem(), t.shape()),
+            Item::Sequence(items) => {
+                let types = items.iter().map(Item::ty).reduce(|a, b| a.join(&b));
+                Type::Sequence(Box::new(types.unwrap_or_default()))
+            }
+            Item::Optional(held) => {
+                Type::Optional(Box::new(held.as_ref().map(|i| i.ty()).unwrap_or_default()))
+            }
+        }
+    }
+
+    /// The elements of the sequence, if it is one.
+    pub fn sequence(&self) -> Result<&[Item], OpError> {
+        match self {
+            Item::Sequence(items) => Ok(items),
+            Item::Tensor(_) => Err(OpError::invalid("expected a sequence, found a tensor")),
+            Item::Optional(_) => Err(OpError::invalid("expected a sequence, found an optional")),
+        }
+    }
+
     /// The tensor, if it is one.
     pub fn tensor(&self) -> Result<&Tensor, OpError> {
         match self {
@@ -164,9 +188,13 @@ pub struct EvalCx<'a> {
     pub outputs: usize,
     /// The module's constants, for attributes that are tensors.
     pub consts: &'a ConstPool,
+    /// The most iterations that a Loop makes.
+    pub max_iterations: u64,
     /// Whether ops compute over the reals what they say, leaving out the roundings that a runtime may add (the
     /// int8 activations of `accuracy_level` 4).
     pub exact: bool,
+    /// What is known of the types of a nested region's results.
+    pub results_of: &'a dyn Fn(Region) -> Vec<Type>,
     /// Runs a nested region on these inputs; values of the regions around it are visible to it.
     pub region: &'a dyn Fn(Region, Vec<Item>) -> Evaluated,
 }
@@ -234,12 +262,16 @@ impl OpDef {
 
 /// The table of known ops. An op that is not in it passes through untouched.
 #[derive(Clone, Default)]
-pub struct Ops(HashMap<&'static str, &'static OpDef>);
+pub struct Ops {
+    table: HashMap<&'static str, &'static OpDef>,
+    /// Whether an op of ONNX that is not in the table has the body that its specification gives.
+    bodies: bool,
+}
 
 impl Ops {
     /// Every op of this crate.
     pub fn standard() -> Ops {
-        let mut ops = Ops::default();
+        let mut ops = Ops { bodies: true, ..Ops::default() };
         for family in crate::onnx::FAMILIES.iter().chain(crate::quant::FAMILIES) {
             ops.add(family);
         }
@@ -248,17 +280,22 @@ impl Ops {
 
     /// Adds ops; a name that is there already is replaced.
     pub fn add(&mut self, family: &'static [OpDef]) {
-        self.0.extend(family.iter().map(|def| (def.name, def)));
+        self.table.extend(family.iter().map(|def| (def.name, def)));
     }
 
     /// The op `name`, such as `onnx.MatMul`.
     pub fn get(&self, name: &OpName) -> Option<&'static OpDef> {
-        self.0.get(name.as_str()).copied()
+        self.table.get(name.as_str()).copied()
+    }
+
+    /// The body that the specification gives the op `name` at `version` of its dialect.
+    pub fn body(&self, name: &OpName, version: i64) -> Option<&'static Function> {
+        self.bodies.then(|| functions::body(name, version)).flatten()
     }
 
     /// All names, sorted.
     pub fn names(&self) -> Vec<&'static str> {
-        let mut names: Vec<_> = self.0.keys().copied().collect();
+        let mut names: Vec<_> = self.table.keys().copied().collect();
         names.sort_unstable();
         names
     }

@@ -1,6 +1,7 @@
 //! Tensors in memory, as the interpreter computes with them: contiguous, row-major, shared until written.
 
 use crate::ir::{ConstData, ConstError, Elem};
+use crate::ops::OpError;
 use bytes::Bytes;
 use half::{bf16, f16};
 use std::borrow::Cow;
@@ -199,6 +200,17 @@ impl Tensor {
             _ => return Err(TensorError::Elem { expected: "f64, f32, f16 or bf16".into(), found: elem }),
         };
         Tensor::new(shape, data)
+    }
+
+    /// A tensor of zeros (false, or empty strings).
+    pub fn zeros(elem: Elem, shape: &[usize]) -> Result<Tensor, OpError> {
+        let count = crate::kernels::strided::count(shape)?;
+        let data = match elem {
+            Elem::String => Data::Str(vec![Bytes::new(); count]),
+            // What a length fits into memory was checked by the count.
+            _ => decode(elem, &vec![0; (count * elem.bits()).div_ceil(8)], count),
+        };
+        Ok(Tensor::with_elem(elem, shape, data)?)
     }
 
     /// The element type.

@@ -59,6 +59,8 @@ impl Case {
             outputs: self.outputs,
             consts: &ConstPool::new(),
             exact,
+            max_iterations: 1 << 10,
+            results_of: &|_| Vec::new(),
             region: &region,
         })
     }

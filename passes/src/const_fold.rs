@@ -6,8 +6,9 @@
 //! stays. Quantized weights stay quantized: `quant.*` and the Quantize/DequantizeLinear ops are never folded.
 
 use crate::{Changed, Exactness, Pass, PassCx, PassError};
+use dialects::ir::interp::Interpreter;
 use dialects::ir::{ConstData, Dim, Elem, Module, Op, Region, Use, Uses, Value, ValueDef, infer};
-use dialects::ops::{EvalCx, Item, OpError, Ops};
+use dialects::ops::Item;
 use dialects::tensor::{Data, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
@@ -42,11 +43,12 @@ impl Pass for ConstFold {
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
         // Contradictions are the verifier's to report; what is known is known.
         infer::infer(m, cx.ops);
+        let exec = Interpreter::new(cx.ops.clone()).exact(true);
         let mut folded = 0;
         for region in m.live_regions() {
             let inside = m.functions.iter().any(|f| f.body == region);
             if !inside {
-                folded += self.region(m, cx.ops, region);
+                folded += self.region(m, &exec, region);
             }
         }
         cx.count("const-fold.values", folded);
@@ -61,7 +63,7 @@ impl Pass for ConstFold {
 type Folded = HashMap<Value, Value>;
 
 impl ConstFold {
-    fn region(&self, m: &mut Module, ops: &Ops, region: Region) -> u64 {
+    fn region(&self, m: &mut Module, exec: &Interpreter, region: Region) -> u64 {
         let uses = m.uses();
         let results = m.live_regions().into_iter().flat_map(|r| m.regions[r].results.clone());
         let outputs: HashSet<Value> = results.collect();
@@ -71,7 +73,7 @@ impl ConstFold {
             if !foldable(m, &outputs, op) {
                 continue;
             }
-            let known = known(m, op).or_else(|| self.evaluate(m, ops, &uses, &folded, op));
+            let known = known(m, op).or_else(|| self.evaluate(m, exec, &uses, &folded, op));
             let Some(tensors) = known else { continue };
             let results = m.ops[op].results.clone();
             let results = results.into_iter().zip(tensors).filter_map(|(v, t)| Some((v?, t)));
@@ -96,7 +98,7 @@ impl ConstFold {
     fn evaluate(
         &self,
         m: &Module,
-        ops: &Ops,
+        exec: &Interpreter,
         uses: &Uses,
         folded: &Folded,
         op: Op,
@@ -133,18 +135,7 @@ impl ConstFold {
                 Some((_, c)) => Some(Some(Tensor::from_const(&m.consts[(*c)?]).ok()?.into())),
             })
             .collect::<Option<_>>()?;
-        let region = |_: Region, _: Vec<Item>| Err(OpError::Unsupported("a nested graph".into()));
-        let cx = EvalCx {
-            name: &data.name,
-            attrs: &data.attrs,
-            opset: m.opset(data.name.dialect()),
-            inputs: &inputs,
-            outputs: data.results.len(),
-            consts: &m.consts,
-            region: &region,
-            exact: true,
-        };
-        let items = (ops.get(&data.name)?.eval)(&cx).ok()?;
+        let items = exec.evaluate(m, op, &inputs).ok()?;
         let items = items.iter().map(|i| Some(i.tensor().ok()?.to_const()));
         let tensors: Vec<ConstData> = items.collect::<Option<_>>()?;
         let wanted = data.results.iter().rposition(Option::is_some)? + 1;
@@ -153,20 +144,33 @@ impl ConstFold {
     }
 }
 
-/// Whether folding is allowed at all: a plain op without nested graphs, whose results are no graph outputs.
+/// Whether folding is allowed at all: a plain op without nested graphs, or a call of a function that is made of such
+/// ops, whose results are no graph outputs.
 fn foldable(m: &Module, outputs: &HashSet<Value>, op: Op) -> bool {
+    let results = m.ops[op].results.iter().flatten();
+    !m.ops[op].is("onnx.Constant")
+        && results.clone().next().is_some()
+        && !results.clone().any(|v| outputs.contains(v))
+        && plain(m, op, &mut HashSet::new())
+}
+
+/// `seen` holds what was looked at before: functions may call the same ones many times.
+fn plain(m: &Module, op: Op, seen: &mut HashSet<Op>) -> bool {
     let data = &m.ops[op];
+    if data.attrs.regions().next().is_some() {
+        return false;
+    }
+    if !seen.insert(op) {
+        return true;
+    }
+    if let Some(f) = m.functions.iter().find(|f| f.name == data.name) {
+        return m.regions[f.body].ops.iter().all(|&op| plain(m, op, seen));
+    }
     let quantizes =
         data.name.op().ends_with("QuantizeLinear") || data.name.op().ends_with("DequantizeLinear");
     let random = data.name.op().starts_with("Random")
         || matches!(data.name.op(), "Bernoulli" | "Multinomial" | "Dropout");
-    data.name.dialect() == "onnx"
-        && !data.is("onnx.Constant")
-        && !quantizes
-        && !random
-        && data.attrs.regions().next().is_none()
-        && data.results.iter().flatten().next().is_some()
-        && !data.results.iter().flatten().any(|v| outputs.contains(v))
+    data.name.dialect() == "onnx" && !quantizes && !random
 }
 
 /// The results of an op whose contents inference knows as numbers.

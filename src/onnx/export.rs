@@ -16,6 +16,7 @@ use super::rope::{Rope, RopeError};
 use super::tensors;
 use super::types;
 use crate::files::{self, FileError, OutputFile};
+use dialects::ir::calls::OVERLOAD;
 use dialects::ir::{
     Attr, ConstData, ConstError, ConstId, Elem, Encoding, Function, Meta, Module, Op, Region, Symbol, Value,
 };
@@ -355,6 +356,7 @@ impl<'a> Writer<'a> {
             proto.domain = Some(data.name.dialect().to_owned());
         }
         proto.doc_string = rest::text_of(&data.meta, DOC);
+        proto.overload = rest::text_of(&data.meta, OVERLOAD).or(proto.overload);
         proto.metadata_props.extend(rest::metadata_of(&data.meta));
         let mut rope = Rope::of(&proto);
         for (name, attr) in data.attrs.iter() {

@@ -16,6 +16,7 @@ use super::scan;
 use super::{MAX_IR, MAX_OPSET, order, tensors, types};
 use crate::files;
 use bytes::Bytes;
+use dialects::ir::calls::OVERLOAD;
 use dialects::ir::{Attr, Attrs, Function, Meta, Module, OpBuilder, OpName, Region, Symbol, Type, Value};
 use prost::Message;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -319,10 +320,11 @@ impl Importer {
             }
             let mut meta = Meta::default();
             rest::text(&mut meta, DOC, &node.doc_string);
+            rest::text(&mut meta, OVERLOAD, &node.overload.clone().filter(|o| !o.is_empty()));
             let kept = NodeProto {
                 name: node.name.clone().filter(String::is_empty),
                 domain: node.domain.clone().filter(|d| is_default(d)),
-                overload: node.overload.clone(),
+                overload: node.overload.clone().filter(String::is_empty),
                 device_configurations: node.device_configurations.clone(),
                 metadata_props: rest::metadata(&mut meta, &node.metadata_props),
                 ..Default::default()

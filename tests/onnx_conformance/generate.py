@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the tests that the onnx package ships, for tests/onnx_conformance/main.rs to judge qcc by.
+"""Writes the tests that the onnx package ships, and those of runtime.py, for tests/onnx_conformance/main.rs to judge
+qcc by.
 
 Usage: tests/onnx_conformance/generate.py OUT     then QCC_ONNX_TESTS=OUT cargo test --test onnx_conformance
 
@@ -10,12 +11,15 @@ the same versions is written: nothing.
 import pathlib
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 from onnx.backend.test.case.node import collect_testcases
 from onnx.backend.test.loader import load_model_tests
+
+import runtime
 
 FOLDERS = ["simple", "pytorch-converted", "pytorch-operator"]
 
@@ -61,7 +65,8 @@ def subject(case, by_name):
 
 def main(out):
     done = out / "done"
-    version = f"{onnx.__version__}\n{pathlib.Path(__file__).read_text()}"
+    sources = [pathlib.Path(file).read_text() for file in (__file__, runtime.__file__)]
+    version = "\n".join([onnx.__version__, *sources])
     if done.exists() and done.read_text() == version:
         return
     shutil.rmtree(out, ignore_errors=True)
@@ -72,6 +77,10 @@ def main(out):
         node_case(case, out / "node" / case.name)
         every = sorted(set(ops_of(case.model.graph)) | {op for f in case.model.functions for op in ops_of(f)})
         lines.append(["node", case.name, subject(case, by_name), f"{case.rtol:g}", f"{case.atol:g}", ",".join(every)])
+    for name, model, inputs in runtime.models():
+        case = SimpleNamespace(model=model, data_sets=[(inputs, runtime.expected(model, inputs))])
+        node_case(case, out / "runtime" / name)
+        lines.append(["runtime", name, "runtime", "1e-5", "1e-6", ""])
     for kind in FOLDERS:
         for case in load_model_tests(kind=kind):
             shutil.copytree(case.model_dir, out / kind / case.name)

@@ -39,6 +39,56 @@ pub enum Attr {
     },
 }
 
+/// The names of ONNX's `AttributeProto.AttributeType`, by number.
+const KINDS: [&str; 15] = [
+    "undefined",
+    "float",
+    "int",
+    "string",
+    "tensor",
+    "graph",
+    "floats",
+    "ints",
+    "strings",
+    "tensors",
+    "graphs",
+    "sparse_tensor",
+    "sparse_tensors",
+    "type_proto",
+    "type_protos",
+];
+
+/// The name of the attribute kind that ONNX numbers `kind`.
+pub fn kind_name(kind: i32) -> &'static str {
+    usize::try_from(kind).ok().and_then(|k| KINDS.get(k)).unwrap_or(&KINDS[0])
+}
+
+impl Attr {
+    /// The name of its kind; a sparse tensor is a tensor here.
+    pub fn kind(&self) -> &'static str {
+        kind_name(match self {
+            Attr::Float(_) => 1,
+            Attr::Int(_) => 2,
+            Attr::Str(_) => 3,
+            Attr::Tensor(_) => 4,
+            Attr::Graph(_) => 5,
+            Attr::Floats(_) => 6,
+            Attr::Ints(_) => 7,
+            Attr::Strs(_) => 8,
+            Attr::Tensors(_) => 9,
+            Attr::Graphs(_) => 10,
+            Attr::Type(_) => 13,
+            Attr::Types(_) => 14,
+            Attr::Ref { kind, .. } => *kind,
+        })
+    }
+
+    /// Whether it is of the kind with this name.
+    pub fn is_kind(&self, name: &str) -> bool {
+        self.kind() == name.strip_prefix("sparse_").unwrap_or(name)
+    }
+}
+
 /// Named attributes in their original order. A name occurs once.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Attrs(Vec<(Symbol, Attr)>);

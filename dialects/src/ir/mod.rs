@@ -2,6 +2,7 @@
 
 pub mod attrs;
 pub mod bind;
+pub mod calls;
 pub mod consts;
 pub mod graph;
 pub mod infer;

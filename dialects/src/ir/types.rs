@@ -310,6 +310,24 @@ impl Type {
         self.as_tensor().and_then(|t| t.dims.as_deref())
     }
 
+    /// What is true of a value that is of the one type or the other.
+    pub fn join(&self, other: &Type) -> Type {
+        let dim = |(p, q): (&Dim, &Dim)| if p.same(q) { p.clone() } else { Dim::Unknown };
+        match (self, other) {
+            (Type::Tensor(x), Type::Tensor(y)) if x.elem == y.elem => {
+                let dims = match (&x.dims, &y.dims) {
+                    (Some(p), Some(q)) if p.len() == q.len() => Some(p.iter().zip(q).map(dim).collect()),
+                    _ => None,
+                };
+                Type::Tensor(TensorType { elem: x.elem, dims })
+            }
+            (Type::Sequence(x), Type::Sequence(y)) => Type::Sequence(Box::new(x.join(y))),
+            (Type::Optional(x), Type::Optional(y)) => Type::Optional(Box::new(x.join(y))),
+            (a, b) if a == b => a.clone(),
+            _ => Type::Unknown,
+        }
+    }
+
     /// What is known of a value described twice, or `None` when the two descriptions contradict.
     /// Where both name a dim, `self` wins.
     pub fn unify(&self, other: &Type) -> Option<Type> {

@@ -17,11 +17,13 @@
 //!
 //! Function bodies are generic: 6 and 7 look at their ops' arity alone. Unknown ops pass.
 
+use super::calls::{Callee, Callees};
 use super::{
-    Attr, ConstId, Diagnostic, Elem, Encoding, Module, Op, OpData, Region, Symbol, Value, ValueDef, graph,
-    infer,
+    Attr, ConstId, Diagnostic, Elem, Encoding, Function, Module, Op, OpData, Region, Symbol, Value, ValueDef,
+    graph, infer,
 };
-use crate::ops::{OpDef, Ops};
+use crate::onnx::functions;
+use crate::ops::Ops;
 use petgraph::algo::kosaraju_scc;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -36,7 +38,7 @@ pub fn verify(m: &Module, ops: &Ops) -> Vec<Diagnostic> {
     }
     let mut v = Verifier {
         m,
-        ops,
+        callees: Callees::new(m, ops),
         opsets: &m.opsets,
         function: false,
         chain: Vec::new(),
@@ -110,29 +112,38 @@ fn dangling(m: &Module) -> Vec<Diagnostic> {
 }
 
 /// What is wrong with the number of operands or results of a known op.
-pub fn arity(def: &OpDef, op: &OpData) -> Option<String> {
+pub fn arity(m: &Module, callee: Callee, op: &OpData) -> Option<String> {
+    let body = |m: &Module, f: &Function| {
+        let body = &m.regions[f.body];
+        ((0, body.args.len()), (0, body.results.len()))
+    };
+    let (operands, results) = match callee {
+        Callee::Native(def) => (def.operands, def.results),
+        Callee::Function(f) => body(m, f),
+        Callee::Spec(f) => body(functions::module(), f),
+    };
     let count = |slots: &[Option<Value>]| slots.iter().rposition(Option::is_some).map_or(0, |i| i + 1);
     let range = |(least, most): (usize, usize)| match most {
         usize::MAX => format!("at least {least}"),
         _ if least == most => least.to_string(),
         _ => format!("{least} to {most}"),
     };
-    let (least, most) = def.operands;
+    let (least, most) = operands;
     let found = count(&op.operands);
     if found < least || found > most {
-        return Some(format!("expected {} operands, found {found}", range(def.operands)));
+        return Some(format!("expected {} operands, found {found}", range(operands)));
     }
     if let Some(i) = op.operands[..least].iter().position(Option::is_none) {
         return Some(format!("operand {i} is left out, but it is required"));
     }
     // Fewer results than the least are no harm: nobody wants them.
     let found = count(&op.results);
-    (found > def.results.1).then(|| format!("expected {} results, found {found}", range(def.results)))
+    (found > results.1).then(|| format!("expected {} results, found {found}", range(results)))
 }
 
 struct Verifier<'m> {
     m: &'m Module,
-    ops: &'m Ops,
+    callees: Callees<'m>,
     /// Imports of the model or function being looked at.
     opsets: &'m BTreeMap<Symbol, i64>,
     function: bool,
@@ -277,7 +288,7 @@ impl<'m> Verifier<'m> {
         if !self.opsets.contains_key(dialect) && !OWN_DIALECTS.contains(&dialect) {
             self.report(Some(op), format!("the dialect {dialect:?} is not imported with an opset version"));
         }
-        if let Some(message) = self.ops.get(&data.name).and_then(|def| arity(def, data)) {
+        if let Some(message) = self.callees.of(data, self.opsets).and_then(|callee| arity(m, callee, data)) {
             self.report(Some(op), message);
         }
         let holder = self.chain.last_mut().expect("the op's region is being looked at");

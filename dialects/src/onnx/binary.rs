@@ -374,12 +374,16 @@ pub const OPS: &[OpDef] = &[
 /// `x` where it is not negative, and `slope * x` elsewhere; the slope broadcasts to `x`. Before opset 7 it has one
 /// element, or one for each channel, which are dim 1.
 fn prelu(cx: &EvalCx) -> Evaluated {
-    let (x, mut slope) = operands(cx)?;
-    if cx.opset < 7 && slope.len() > 1 && x.rank() > 2 {
-        let mut shape = vec![1; x.rank() - 1];
-        shape[0] = slope.len();
-        slope = slope.reshape(&shape)?;
-    }
+    let (x, slope) = operands(cx)?;
+    // Before opset 7 there is one slope for all, or one for each channel.
+    let slope = match (cx.opset < 7 && slope.len() > 1, x.rank()) {
+        (true, 2..) => {
+            let mut shape = vec![1; x.rank() - 1];
+            shape[0] = slope.len();
+            slope.reshape(&shape)?
+        }
+        _ => slope,
+    };
     let zero = Tensor::from_f32(Elem::F32, &[], vec![0.0])?;
     let zero = super::cast::convert(&zero, x.elem(), true)?;
     cx.one(add(&larger(&x, &zero)?, &mul(&smaller(&x, &zero)?, &slope)?)?)

@@ -4,7 +4,7 @@
 //! saturates, and NaN becomes 0. Integers keep their low bits. Bool is whether a number is not zero.
 
 use super::util::{fact, wrong_elem};
-use crate::ir::{Dim, Elem};
+use crate::ir::{Attrs, Dim, Elem};
 use crate::kernels::minifloat::{Codec, Round};
 use crate::kernels::strided::map;
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
@@ -123,8 +123,32 @@ fn text(t: &Tensor) -> Result<Vec<Bytes>, OpError> {
     Ok(strings.into_iter().map(Bytes::from).collect())
 }
 
-fn target(to: Option<i64>) -> Result<Elem, OpError> {
-    let code = to.ok_or_else(|| OpError::invalid("the attribute to is missing"))?;
+/// The element type that the attribute `to` means: by number, or before opset 6 by name.
+pub(super) fn target(attrs: &Attrs) -> Result<Elem, OpError> {
+    if let Some(name) = attrs.str("to") {
+        // The names are those of the enum whose numbers came later.
+        const NAMES: [(&str, Elem); 14] = [
+            ("FLOAT", Elem::F32),
+            ("UINT8", Elem::U8),
+            ("INT8", Elem::I8),
+            ("UINT16", Elem::U16),
+            ("INT16", Elem::I16),
+            ("INT32", Elem::I32),
+            ("INT64", Elem::I64),
+            ("STRING", Elem::String),
+            ("BOOL", Elem::Bool),
+            ("FLOAT16", Elem::F16),
+            ("DOUBLE", Elem::F64),
+            ("UINT32", Elem::U32),
+            ("UINT64", Elem::U64),
+            ("BFLOAT16", Elem::BF16),
+        ];
+        let found = NAMES.iter().find(|(n, _)| n.eq_ignore_ascii_case(name));
+        return found
+            .map(|(_, e)| *e)
+            .ok_or_else(|| OpError::Invalid(format!("{name:?} is no element type")));
+    }
+    let code = attrs.int("to").ok_or_else(|| OpError::invalid("the attribute to is missing"))?;
     let elem = i32::try_from(code).ok().and_then(Elem::from_onnx);
     elem.ok_or_else(|| OpError::Invalid(format!("{code} is no element type")))
 }
@@ -143,7 +167,7 @@ fn options(cx: &EvalCx) -> Result<(bool, Round), OpError> {
 
 fn eval(cx: &EvalCx) -> Evaluated {
     let (saturate, round) = options(cx)?;
-    cx.one(cast(cx.input(0)?, target(cx.attrs.int("to"))?, saturate, round)?)
+    cx.one(cast(cx.input(0)?, target(cx.attrs)?, saturate, round)?)
 }
 
 fn eval_like(cx: &EvalCx) -> Evaluated {
@@ -168,7 +192,7 @@ fn result(cx: &InferCx, to: Elem) -> Inferred {
 
 /// Cast and CastLike.
 pub const OPS: &[OpDef] = &[
-    OpDef { name: "onnx.Cast", infer: |cx| result(cx, target(cx.attrs.int("to"))?), eval, ..OpDef::NEW },
+    OpDef { name: "onnx.Cast", infer: |cx| result(cx, target(cx.attrs)?), eval, ..OpDef::NEW },
     OpDef {
         name: "onnx.CastLike",
         operands: (2, 2),

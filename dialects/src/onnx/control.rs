@@ -1,11 +1,12 @@
 //! Control flow: If, Loop, Scan. Their bodies are nested regions that see the values around them.
 
-use super::gather::place;
+use super::movement::{join, part};
+use super::sequence::stack;
 use super::util::{axis, fact};
 use crate::ir::{Dim, Region, TensorType, Type};
-use crate::map_data;
+use crate::kernels::strided::count;
 use crate::ops::{EvalCx, Evaluated, Fact, InferCx, Inferred, Item, OpDef, OpError};
-use crate::tensor::{Data, Tensor};
+use crate::tensor::Tensor;
 
 fn body(attrs: &crate::ir::Attrs, name: &str) -> Result<Region, OpError> {
     attrs.graph(name).ok_or_else(|| OpError::Invalid(format!("the graph {name} is missing")))
@@ -23,24 +24,6 @@ fn eval_if(cx: &EvalCx) -> Evaluated {
     (cx.region)(body(cx.attrs, branch)?, Vec::new())
 }
 
-/// What is true of a value that is one of two.
-fn join(a: &Type, b: &Type) -> Type {
-    let dim = |(p, q): (&Dim, &Dim)| if p.same(q) { p.clone() } else { Dim::Unknown };
-    match (a, b) {
-        (Type::Tensor(x), Type::Tensor(y)) if x.elem == y.elem => {
-            let dims = match (&x.dims, &y.dims) {
-                (Some(p), Some(q)) if p.len() == q.len() => Some(p.iter().zip(q).map(dim).collect()),
-                _ => None,
-            };
-            Type::Tensor(TensorType { elem: x.elem, dims })
-        }
-        (Type::Sequence(x), Type::Sequence(y)) => Type::Sequence(Box::new(join(x, y))),
-        (Type::Optional(x), Type::Optional(y)) => Type::Optional(Box::new(join(x, y))),
-        (a, b) if a == b => a.clone(),
-        _ => Type::Unknown,
-    }
-}
-
 /// A branch that is known not to be taken is not looked at: it may contradict what is known here.
 fn infer_if(cx: &InferCx) -> Inferred {
     let branch = |name: &str| (cx.region)(body(cx.attrs, name)?, &[]);
@@ -51,47 +34,64 @@ fn infer_if(cx: &InferCx) -> Inferred {
             let (a, b) = (branch("then_branch")?, branch("else_branch")?);
             let either = a.into_iter().zip(b).map(|(a, b)| {
                 let sym = a.sym.zip(b.sym).filter(|(a, b)| a == b).map(|(a, _)| a);
-                Fact { ty: join(&a.ty, &b.ty), sym, konst: None }
+                Fact { ty: a.ty.join(&b.ty), sym, konst: None }
             });
             Ok(either.collect())
         }
     }
 }
 
-/// Slices of one shape, stacked along a new dim `at`.
-fn stack(parts: Vec<Item>, at: i64, what: usize) -> Result<Item, OpError> {
-    let none = || OpError::Unsupported(format!("scan output {what} of a loop that does not run once"));
-    let first = parts.first().ok_or_else(none)?.tensor()?.clone();
-    let at = axis(at, first.rank() + 1)?;
-    let outer: usize = first.shape()[..at].iter().product();
-    let inner: usize = first.shape()[at..].iter().product();
-    let tensors: Vec<&Tensor> = parts.iter().map(Item::tensor).collect::<Result<_, _>>()?;
-    if tensors.iter().any(|t| (t.shape(), t.elem()) != (first.shape(), first.elem())) {
-        return Err(OpError::Invalid(format!(
-            "scan output {what} changes its shape or type between iterations"
-        )));
+/// The slices that the iterations of a loop give for one result.
+struct Scanned {
+    parts: Vec<Tensor>,
+    /// Elements in all of them.
+    total: usize,
+}
+
+impl Scanned {
+    fn new() -> Scanned {
+        Scanned { parts: Vec::new(), total: 0 }
     }
-    macro_rules! stack {
-        ($($variant:ident)*) => {
-            match first.data() {
-                $(Data::$variant(_) => {
-                    let mut out = Vec::with_capacity(first.len() * tensors.len());
-                    for o in 0..outer {
-                        for t in &tensors {
-                            if let Data::$variant(v) = t.data() {
-                                out.extend_from_slice(&v[o * inner..(o + 1) * inner]);
-                            }
-                        }
-                    }
-                    Data::$variant(out)
-                })*
-            }
+
+    fn push(&mut self, item: Item, what: usize) -> Result<(), OpError> {
+        let t = item.tensor()?.clone();
+        if let Some(first) = self.parts.first()
+            && (first.shape(), first.elem()) != (t.shape(), t.elem())
+        {
+            let (a, b) = (item_type(first), item_type(&t));
+            return Err(OpError::Invalid(format!(
+                "scan output {what} is {a} first, but {b} in a later iteration"
+            )));
+        }
+        self.total = self.total.saturating_add(t.len());
+        // What is stacked at the end must fit into memory all the way there.
+        count(&[self.total])?;
+        self.parts.push(t);
+        Ok(())
+    }
+
+    /// The slices along a new dim. Without any, the type of the body's result says of what there are none: a size
+    /// that it does not say is 0, as in ONNX Runtime.
+    fn stack(self, at: i64, what: usize, ty: Option<&Type>) -> Result<Item, OpError> {
+        if !self.parts.is_empty() {
+            return Ok(stack(&self.parts.iter().collect::<Vec<_>>(), at)?.into());
+        }
+        let none = || {
+            let what = format!(
+                "scan output {what} of a loop that does not run once, whose shape the body does not say"
+            );
+            OpError::Unsupported(what)
         };
+        let (elem, dims) = ty.and_then(|t| Some((t.elem()?, t.dims()?))).ok_or_else(none)?;
+        let size = |d: &Dim| d.known().and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+        let mut shape: Vec<usize> = dims.iter().map(size).collect();
+        shape.insert(axis(at, shape.len() + 1)?, 0);
+        Ok(Tensor::zeros(elem, &shape)?.into())
     }
-    let data = stack!(F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 Bool C64 C128 Str);
-    let mut shape = first.shape().to_vec();
-    shape.insert(at, tensors.len());
-    Ok(Tensor::with_elem(first.elem(), &shape, data)?.into())
+}
+
+fn item_type(t: &Tensor) -> Type {
+    Type::of_shape(t.elem(), t.shape())
 }
 
 /// Operands: the greatest number of iterations, a condition, the carried values. The body takes the iteration, the
@@ -105,23 +105,29 @@ fn eval_loop(cx: &EvalCx) -> Evaluated {
     let mut go = cx.opt(1)?.map(truth).transpose()?.unwrap_or(true);
     let mut carried: Vec<Item> =
         (2..cx.inputs.len()).map(|i| cx.item(i).cloned()).collect::<Result<_, _>>()?;
-    let mut scans: Vec<Vec<Item>> = vec![Vec::new(); cx.outputs.saturating_sub(carried.len())];
+    let n = carried.len();
+    let mut scans: Vec<Scanned> = (n..cx.outputs).map(|_| Scanned::new()).collect();
     let mut i = 0;
     while go && i < limit {
-        let args = [Tensor::scalar(i).into(), Tensor::scalar(go).into()].into_iter().chain(carried.clone());
+        if i as u64 >= cx.max_iterations {
+            return Err(OpError::Invalid(format!("the loop has not ended after {i} iterations")));
+        }
+        let args = [Tensor::scalar(i).into(), Tensor::scalar(go).into()].into_iter().chain(carried);
         let mut results = (cx.region)(region, args.collect())?.into_iter();
         let wrong = || OpError::invalid("the body gives too few results");
         go = truth(results.next().ok_or_else(wrong)?.tensor()?)?;
-        for c in &mut carried {
-            *c = results.next().ok_or_else(wrong)?;
+        carried = results.by_ref().take(n).collect();
+        if carried.len() < n {
+            return Err(wrong());
         }
-        for s in &mut scans {
-            s.push(results.next().ok_or_else(wrong)?);
+        for (what, s) in scans.iter_mut().enumerate() {
+            s.push(results.next().ok_or_else(wrong)?, what)?;
         }
         i += 1;
     }
-    for (n, s) in scans.into_iter().enumerate() {
-        carried.push(stack(s, 0, n)?);
+    let types = (cx.results_of)(region);
+    for (what, s) in scans.into_iter().enumerate() {
+        carried.push(s.stack(0, what, types.get(1 + n + what))?);
     }
     Ok(carried)
 }
@@ -130,20 +136,29 @@ fn eval_loop(cx: &EvalCx) -> Evaluated {
 fn loosened(ty: &Type) -> Type {
     match ty {
         Type::Tensor(t) => Type::unranked(t.elem),
+        Type::Sequence(t) => Type::Sequence(Box::new(loosened(t))),
+        Type::Optional(t) => Type::Optional(Box::new(loosened(t))),
         _ => Type::Unknown,
     }
 }
 
+/// What is true of a carried value after any number of iterations, none included.
+fn carried(before: &Type, after: &Type) -> Fact {
+    match (before.join(after), before.elem().filter(|e| after.elem() == Some(*e))) {
+        (Type::Unknown, Some(elem)) => Type::unranked(elem).into(),
+        (ty, _) => ty.into(),
+    }
+}
+
 fn infer_loop(cx: &InferCx) -> Inferred {
-    let carried = 2.min(cx.inputs.len())..cx.inputs.len();
-    let n = carried.len();
+    let operands = 2.min(cx.inputs.len())..cx.inputs.len();
+    let n = operands.len();
     let scalar = |elem| fact(elem, Some(Vec::new()), None);
     let mut args = vec![scalar(crate::ir::Elem::I64), scalar(crate::ir::Elem::Bool)];
-    args.extend(carried.clone().map(|i| Fact::from(loosened(cx.ty(i)))));
+    args.extend(operands.map(|i| Fact::from(loosened(cx.ty(i)))));
     let results = (cx.region)(body(cx.attrs, "body")?, &args)?;
-    // A loop may run no iteration at all: what is carried is then what came in.
     let after = results.iter().skip(1).enumerate().map(|(i, r)| match r.ty.as_tensor() {
-        _ if i < n => Fact::from(join(cx.ty(2 + i), &r.ty)),
+        _ if i < n => carried(cx.ty(2 + i), &r.ty),
         Some(t) => {
             let stacked = |d: &Vec<Dim>| std::iter::once(Dim::Unknown).chain(d.iter().cloned()).collect();
             fact(t.elem, t.dims.as_ref().map(stacked), None)
@@ -158,46 +173,110 @@ fn per_value(attrs: &crate::ir::Attrs, name: &str, i: usize) -> i64 {
     attrs.ints(name).and_then(|v| v.get(i)).copied().unwrap_or(0)
 }
 
+/// The value that a Scan reads slice by slice, the dim it goes along, and whether backwards.
+type Read = (Tensor, usize, bool);
+
+/// Runs the body of a Scan for `steps` slices.
+fn scan(
+    cx: &EvalCx,
+    mut carried: Vec<Item>,
+    read: &[Read],
+    steps: usize,
+) -> Result<(Vec<Item>, Vec<Scanned>), OpError> {
+    let region = body(cx.attrs, "body")?;
+    let n = carried.len();
+    let mut outs: Vec<Scanned> = (n..cx.outputs).map(|_| Scanned::new()).collect();
+    for step in 0..steps {
+        let mut args = carried;
+        for (t, a, back) in read {
+            args.push(slice(t, *a, if *back { steps - 1 - step } else { step })?.into());
+        }
+        let mut results = (cx.region)(region, args)?.into_iter();
+        carried = results.by_ref().take(n).collect();
+        for (what, out) in outs.iter_mut().enumerate() {
+            let item = results.next().ok_or_else(|| OpError::invalid("the body gives too few results"))?;
+            out.push(item, what)?;
+        }
+        if carried.len() < n {
+            return Err(OpError::invalid("the body gives too few results"));
+        }
+    }
+    Ok((carried, outs))
+}
+
 /// Scan as of opset 9: states, then values that are read slice by slice.
 fn eval_scan(cx: &EvalCx) -> Evaluated {
     if cx.opset < 9 {
-        return Err(OpError::Unsupported("Scan before opset 9".into()));
+        return eval_batch_scan(cx);
     }
-    let region = body(cx.attrs, "body")?;
     let (states, scanned) = scan_counts(cx.attrs, cx.inputs.len())?;
-    let mut carried: Vec<Item> = (0..states).map(|i| cx.item(i).cloned()).collect::<Result<_, _>>()?;
-    let inputs: Vec<(&Tensor, usize)> = (0..scanned)
+    let carried: Vec<Item> = (0..states).map(|i| cx.item(i).cloned()).collect::<Result<_, _>>()?;
+    let read: Vec<Read> = (0..scanned)
         .map(|i| {
             let t = cx.input(states + i)?;
-            Ok((t, axis(per_value(cx.attrs, "scan_input_axes", i), t.rank())?))
+            let back = per_value(cx.attrs, "scan_input_directions", i) == 1;
+            Ok((t.clone(), axis(per_value(cx.attrs, "scan_input_axes", i), t.rank())?, back))
         })
         .collect::<Result<_, OpError>>()?;
-    let steps = inputs.first().map_or(0, |(t, a)| t.shape()[*a]);
-    if inputs.iter().any(|(t, a)| t.shape()[*a] != steps) {
+    let steps = read.first().map_or(0, |(t, a, _)| t.shape()[*a]);
+    if read.iter().any(|(t, a, _)| t.shape()[*a] != steps) {
         return Err(OpError::invalid("scanned values of different lengths"));
     }
-    let mut outs: Vec<Vec<Item>> = vec![Vec::new(); cx.outputs.saturating_sub(states)];
-    for step in 0..steps {
-        let mut args = carried.clone();
-        for (i, (t, a)) in inputs.iter().enumerate() {
-            let back = per_value(cx.attrs, "scan_input_directions", i) == 1;
-            args.push(slice(t, *a, if back { steps - 1 - step } else { step })?);
-        }
-        let mut results = (cx.region)(region, args)?.into_iter();
-        for slot in &mut carried {
-            *slot = results.next().ok_or_else(|| OpError::invalid("the body gives too few results"))?;
-        }
-        for out in &mut outs {
-            out.push(results.next().ok_or_else(|| OpError::invalid("the body gives too few results"))?);
-        }
-    }
+    let (mut carried, outs) = scan(cx, carried, &read, steps)?;
+    let types = (cx.results_of)(body(cx.attrs, "body")?);
     for (i, mut out) in outs.into_iter().enumerate() {
         if per_value(cx.attrs, "scan_output_directions", i) == 1 {
-            out.reverse();
+            out.parts.reverse();
         }
-        carried.push(stack(out, per_value(cx.attrs, "scan_output_axes", i), i)?);
+        carried.push(out.stack(per_value(cx.attrs, "scan_output_axes", i), i, types.get(states + i))?);
     }
     Ok(carried)
+}
+
+/// Scan of opset 8: every value has a dim for a batch first, and operand 0 may give the length of each sequence of
+/// it. Behind a shorter sequence, what is stacked is zero.
+fn eval_batch_scan(cx: &EvalCx) -> Evaluated {
+    let operands = cx.inputs.len().saturating_sub(1);
+    let (states, scanned) = scan_counts(cx.attrs, operands)?;
+    let values: Vec<&Tensor> = (1..cx.inputs.len()).map(|i| cx.input(i)).collect::<Result<_, _>>()?;
+    let batch = values.first().and_then(|t| t.shape().first()).copied().unwrap_or(0);
+    let longest = values.get(states).and_then(|t| t.shape().get(1)).copied().unwrap_or(0);
+    let fits = |(i, t): (usize, &&Tensor)| match i < states {
+        true => t.shape().first() == Some(&batch),
+        false => t.shape().get(..2) == Some(&[batch, longest]),
+    };
+    if !values.iter().enumerate().all(fits) {
+        return Err(OpError::invalid("the batches or lengths of the operands differ"));
+    }
+    let lengths = cx.opt(0)?.map(Tensor::to_i64).transpose()?;
+    let types = (cx.results_of)(body(cx.attrs, "body")?);
+    let mut results: Vec<Scanned> = (0..cx.outputs).map(|_| Scanned::new()).collect();
+    for b in 0..batch {
+        let steps = lengths.as_ref().map_or(Some(longest), |l| usize::try_from(*l.get(b)?).ok());
+        let steps = steps.filter(|&n| n <= longest);
+        let steps = steps.ok_or_else(|| OpError::invalid("a sequence length is missing or out of range"))?;
+        let mut own: Vec<Tensor> = values.iter().map(|t| slice(t, 0, b)).collect::<Result<_, _>>()?;
+        let read: Vec<Read> = own
+            .drain(states..)
+            .enumerate()
+            .map(|(i, t)| Ok((part(&t, 0, 0, steps)?, 0, per_value(cx.attrs, "directions", i) == 1)))
+            .collect::<Result<_, OpError>>()?;
+        debug_assert_eq!(read.len(), scanned);
+        let (carried, outs) = scan(cx, own.into_iter().map(Item::from).collect(), &read, steps)?;
+        for (i, item) in carried.into_iter().enumerate().take(results.len()) {
+            results[i].push(item, i)?;
+        }
+        for (i, out) in outs.into_iter().enumerate() {
+            let found = out.stack(0, i, types.get(states + i))?;
+            let found = found.tensor()?;
+            let mut padding = found.shape().to_vec();
+            padding[0] = longest - steps;
+            let padding = Tensor::zeros(found.elem(), &padding)?;
+            results[states + i].push(join(&[found, &padding], 0)?.into(), i)?;
+        }
+    }
+    let stacked = results.into_iter().enumerate().map(|(i, r)| r.stack(0, i, None));
+    stacked.collect()
 }
 
 /// How many operands are states, and how many are scanned.
@@ -210,22 +289,42 @@ fn scan_counts(attrs: &crate::ir::Attrs, operands: usize) -> Result<(usize, usiz
 }
 
 /// Element `i` along dim `a`, which goes.
-fn slice(t: &Tensor, a: usize, i: usize) -> Result<Item, OpError> {
-    let i = place(i as i64, t.shape()[a])?;
-    let (outer, n): (usize, usize) = (t.shape()[..a].iter().product(), t.shape()[a]);
-    let inner: usize = t.shape()[a + 1..].iter().product();
-    fn pick<T: Clone>(v: &[T], outer: usize, n: usize, inner: usize, i: usize) -> Vec<T> {
-        (0..outer).flat_map(|o| v[(o * n + i) * inner..][..inner].iter().cloned()).collect()
+fn slice(t: &Tensor, a: usize, i: usize) -> Result<Tensor, OpError> {
+    let shape = [&t.shape()[..a], &t.shape()[a + 1..]].concat();
+    Ok(part(t, a, i, 1)?.reshape(&shape)?)
+}
+
+/// The type of one sequence of a batch.
+fn without_batch(ty: &Type) -> Type {
+    match (ty.elem(), ty.dims()) {
+        (Some(elem), Some([_, rest @ ..])) => Type::tensor(elem, rest.to_vec()),
+        _ => loosened(ty),
     }
-    let data = map_data!(t.data(), v => pick(v, outer, n, inner, i));
-    let mut shape = t.shape().to_vec();
-    shape.remove(a);
-    Ok(Tensor::with_elem(t.elem(), &shape, data)?.into())
+}
+
+fn infer_batch_scan(cx: &InferCx) -> Inferred {
+    let (states, scanned) = scan_counts(cx.attrs, cx.inputs.len().saturating_sub(1))?;
+    let mut args: Vec<Fact> = (0..states).map(|i| loosened(cx.ty(1 + i)).into()).collect();
+    let reads = 1 + states..1 + states + scanned;
+    args.extend(reads.clone().map(|i| Fact::from(without_batch(&without_batch(cx.ty(i))))));
+    let results = (cx.region)(body(cx.attrs, "body")?, &args)?;
+    let lead = |i: usize, n: usize| match cx.dims(i).and_then(|d| d.get(..n)) {
+        Some(d) => d.to_vec(),
+        None => vec![Dim::Unknown; n],
+    };
+    let outer = lead(reads.start, 2);
+    let out = results.into_iter().enumerate().map(|(i, r)| match (r.ty.elem(), r.ty.dims()) {
+        (Some(elem), Some(d)) => {
+            fact(elem, Some([&outer[..if i < states { 1 } else { 2 }], d].concat()), None)
+        }
+        _ => loosened(&r.ty).into(),
+    });
+    Ok(out.collect())
 }
 
 fn infer_scan(cx: &InferCx) -> Inferred {
     if cx.opset < 9 {
-        return Ok(Vec::new());
+        return infer_batch_scan(cx);
     }
     let (states, scanned) = scan_counts(cx.attrs, cx.inputs.len())?;
     let mut args: Vec<Fact> = (0..states).map(|i| Fact::from(loosened(cx.ty(i)))).collect();
@@ -247,7 +346,7 @@ fn infer_scan(cx: &InferCx) -> Inferred {
     let mut out = Vec::new();
     for (i, r) in results.into_iter().enumerate() {
         out.push(match r.ty.as_tensor() {
-            _ if i < states => Fact::from(join(cx.ty(i), &r.ty)),
+            _ if i < states => carried(cx.ty(i), &r.ty),
             Some(TensorType { elem, dims: Some(d) }) => {
                 let a = axis(per_value(cx.attrs, "scan_output_axes", i - states), d.len() + 1)?;
                 let mut dims = d.clone();

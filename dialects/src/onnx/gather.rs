@@ -1,4 +1,4 @@
-//! Gather, GatherElements and GatherND. An index may count from the end.
+//! Gather, GatherElements, GatherND and Compress. An index may count from the end.
 
 use super::util::{axis, fact, moved, small_count, sym};
 use crate::ir::Dim;
@@ -18,7 +18,7 @@ pub(super) fn place(index: i64, size: usize) -> Result<usize, OpError> {
 }
 
 /// Blocks of `x`, seen as `[outer, size, inner]`: for each outer block, the rows `places`.
-fn rows<T: Clone>(x: &[T], outer: usize, size: usize, inner: usize, places: &[usize]) -> Vec<T> {
+pub(super) fn rows<T: Clone>(x: &[T], outer: usize, size: usize, inner: usize, places: &[usize]) -> Vec<T> {
     let mut out = Vec::with_capacity(outer * places.len() * inner);
     for block in 0..outer {
         for &p in places {
@@ -142,6 +142,38 @@ fn infer_nd(cx: &InferCx) -> Inferred {
     Ok(vec![fact(elem, dims, None)])
 }
 
+/// The rows along `axis` (or the elements, without one) where the condition holds; one that is too short does not hold
+/// at the end.
+fn compress(cx: &EvalCx) -> Evaluated {
+    let (t, hold) = (cx.input(0)?, cx.input(1)?.bools()?);
+    let (mut shape, i) = match cx.attrs.int("axis") {
+        Some(a) => (t.shape().to_vec(), axis(a, t.rank())?),
+        None => (vec![t.len()], 0),
+    };
+    let size = shape[i];
+    let places: Vec<usize> = (0..hold.len()).filter(|&p| hold[p]).collect();
+    if let Some(&last) = places.last().filter(|&&p| p >= size) {
+        let message = format!("the condition holds at {last}, which is out of range for a dim of {size}");
+        return Err(OpError::Invalid(message));
+    }
+    let (outer, inner) = (shape[..i].iter().product(), shape[i + 1..].iter().product());
+    shape[i] = places.len();
+    moved(t, &shape, map_data!(t.data(), v => rows(v, outer, size, inner, &places)))
+}
+
+fn infer_compress(cx: &InferCx) -> Inferred {
+    let dims = match (cx.attrs.int("axis"), cx.dims(0)) {
+        (None, _) => Some(vec![Dim::Unknown]),
+        (Some(a), Some(d)) => {
+            let mut dims = d.to_vec();
+            dims[axis(a, d.len())?] = Dim::Unknown;
+            Some(dims)
+        }
+        (Some(_), None) => None,
+    };
+    super::util::one(cx.elem(0), dims)
+}
+
 /// Gather and its kin.
 pub const OPS: &[OpDef] = &[
     OpDef { name: "onnx.Gather", operands: (2, 2), infer: infer_gather, eval: eval_gather, ..OpDef::NEW },
@@ -152,5 +184,6 @@ pub const OPS: &[OpDef] = &[
         eval: eval_elements,
         ..OpDef::NEW
     },
+    OpDef { name: "onnx.Compress", operands: (2, 2), infer: infer_compress, eval: compress, ..OpDef::NEW },
     OpDef { name: "onnx.GatherND", operands: (2, 2), infer: infer_nd, eval: eval_nd, ..OpDef::NEW },
 ];

@@ -3,7 +3,9 @@
 use crate::ops::OpDef;
 
 mod attention;
+pub mod attributes;
 mod binary;
+mod bit_cast;
 mod blocks;
 mod boxes;
 pub mod cast;
@@ -15,9 +17,15 @@ mod control;
 pub(crate) mod conv;
 mod conv_transpose;
 mod det;
+mod dropout;
 mod einsum;
+mod flex_attention;
 mod fourier;
+pub mod functions;
 mod gather;
+mod linear_attention;
+mod loss;
+mod lp_normalization;
 pub(crate) mod matmul;
 mod movement;
 mod normalization;
@@ -28,12 +36,15 @@ mod recurrent;
 mod reduce;
 mod reshape;
 mod resize;
+mod reverse_sequence;
 mod rotary;
 mod sample;
 mod scatter;
 mod select;
+mod sequence;
 mod softmax;
 mod unary;
+mod unique;
 pub mod util;
 mod window;
 
@@ -41,10 +52,11 @@ mod window;
 pub const FAMILIES: &[&[OpDef]] = &[
     attention::OPS,
     binary::OPS,
+    bit_cast::OPS,
     blocks::OPS,
     boxes::OPS,
-    causal_conv::OPS,
     cast::OPS,
+    causal_conv::OPS,
     channel_norm::OPS,
     compare::OPS,
     constant::OPS,
@@ -52,9 +64,14 @@ pub const FAMILIES: &[&[OpDef]] = &[
     conv::OPS,
     conv_transpose::OPS,
     det::OPS,
+    dropout::OPS,
     einsum::OPS,
+    flex_attention::OPS,
     fourier::OPS,
     gather::OPS,
+    linear_attention::OPS,
+    loss::OPS,
+    lp_normalization::OPS,
     matmul::OPS,
     movement::OPS,
     normalization::OPS,
@@ -65,10 +82,13 @@ pub const FAMILIES: &[&[OpDef]] = &[
     reduce::OPS,
     reshape::OPS,
     resize::OPS,
+    reverse_sequence::OPS,
     rotary::OPS,
     sample::OPS,
     scatter::OPS,
     select::OPS,
+    sequence::OPS,
     softmax::OPS,
     unary::OPS,
+    unique::OPS,
 ];

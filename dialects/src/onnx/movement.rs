@@ -4,8 +4,7 @@
 //! and small symbolic contents in inference.
 
 use super::util::{
-    Ints, axes, axis, broadcast_dims, fact, infer_ints, ints_or, known_shape, moved, shape_of, small_count,
-    sym,
+    Ints, axes, axis, broadcast_dims, fact, infer_ints, ints_or, known_shape, shape_of, small_count, sym,
 };
 use crate::ir::Dim;
 use crate::kernels::strided::{broadcast_shape, broadcast_strides, count, gather, strides};
@@ -291,7 +290,19 @@ fn tiled(shape: &[usize], repeats: &[usize]) -> (View, Vec<usize>) {
 
 fn eval_tile(cx: &EvalCx) -> Evaluated {
     let t = cx.input(0)?;
-    let repeats = shape_of(&cx.input(1)?.to_i64()?)?;
+    let given = shape_of(&cx.input(1)?.to_i64()?)?;
+    let repeats = match cx.opt(2)? {
+        // Before opset 6: a number of times, and the one axis along which.
+        Some(along) if cx.opset < 6 => {
+            let (&[n], &[along]) = (&given[..], &along.to_i64()?[..]) else {
+                return Err(OpError::invalid("tiles and axis must be one number each"));
+            };
+            let mut repeats = vec![1; t.rank()];
+            repeats[axis(along, t.rank())?] = n;
+            repeats
+        }
+        _ => given,
+    };
     if repeats.len() != t.rank() {
         return Err(OpError::Invalid(format!("{} repeats for {} dims", repeats.len(), t.rank())));
     }
@@ -301,7 +312,8 @@ fn eval_tile(cx: &EvalCx) -> Evaluated {
 
 fn infer_tile(cx: &InferCx) -> Inferred {
     let Some(d) = cx.dims(0) else { return viewed(cx, None, |_| None) };
-    let repeats = cx.sym(1).map_or_else(|| vec![Dim::Unknown; d.len()], <[Dim]>::to_vec);
+    let known = cx.sym(1).filter(|_| cx.opset >= 6);
+    let repeats = known.map_or_else(|| vec![Dim::Unknown; d.len()], <[Dim]>::to_vec);
     if repeats.len() != d.len() {
         return Err(OpError::Invalid(format!("{} repeats for {} dims", repeats.len(), d.len())));
     }
@@ -314,12 +326,22 @@ fn infer_tile(cx: &InferCx) -> Inferred {
 
 /// The operands' dims joined along an axis.
 fn eval_concat(cx: &EvalCx) -> Evaluated {
-    let first = cx.input(0)?;
-    let i = axis(cx.int_or("axis", 1), first.rank())?;
     let all: Vec<&Tensor> = (0..cx.inputs.len()).map(|n| cx.input(n)).collect::<Result<_, _>>()?;
+    let i = axis(cx.int_or("axis", 1), cx.input(0)?.rank())?;
+    cx.one(join(&all, i)?)
+}
+
+/// Elements `from..from + n` of `t` along dim `i`.
+pub(super) fn part(t: &Tensor, i: usize, from: usize, n: usize) -> Result<Tensor, OpError> {
+    Ok(sliced(t.shape(), &[(i, from as i64, (from + n) as i64, 1)])?.read(t)?.tensor()?.clone())
+}
+
+/// Tensors, at least one, joined along dim `i`.
+pub(super) fn join(all: &[&Tensor], i: usize) -> Result<Tensor, OpError> {
+    let &[first, ..] = all else { return Err(OpError::invalid("nothing to join")) };
     let mut shape = first.shape().to_vec();
     shape[i] = 0;
-    for t in &all {
+    for t in all {
         let same = t.elem() == first.elem()
             && t.rank() == shape.len()
             && (0..shape.len()).all(|d| d == i || t.shape()[d] == shape[d]);
@@ -348,7 +370,8 @@ fn eval_concat(cx: &EvalCx) -> Evaluated {
             }
         };
     }
-    moved(first, &shape, join!(F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 Bool C64 C128 Str))
+    let data = join!(F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 Bool C64 C128 Str);
+    Ok(Tensor::with_elem(first.elem(), &shape, data)?)
 }
 
 /// Contiguous parts, each of `outer` blocks, joined block by block.
@@ -411,7 +434,7 @@ pub const OPS: &[OpDef] = &[
         ..OpDef::NEW
     },
     OpDef { name: "onnx.Expand", operands: (2, 2), infer: infer_expand, eval: eval_expand, ..OpDef::NEW },
-    OpDef { name: "onnx.Tile", operands: (2, 2), infer: infer_tile, eval: eval_tile, ..OpDef::NEW },
+    OpDef { name: "onnx.Tile", operands: (2, 3), infer: infer_tile, eval: eval_tile, ..OpDef::NEW },
     OpDef {
         name: "onnx.Concat",
         operands: (1, usize::MAX),

@@ -1,4 +1,4 @@
-//! Ops along an axis that are no reductions: CumSum, TopK, Trilu, OneHot, NonZero.
+//! Ops along an axis that are no reductions: CumSum, CumProd, TopK, Trilu, OneHot, NonZero.
 
 use super::gather::place;
 use super::util::{axis, fact, moved, one, wrong_elem};
@@ -10,22 +10,23 @@ use crate::tensor::{Data, Tensor};
 use std::cmp::Ordering;
 
 /// The sizes before, along and after an axis.
-fn around(shape: &[usize], i: usize) -> (usize, usize, usize) {
+pub(super) fn around(shape: &[usize], i: usize) -> (usize, usize, usize) {
     (shape[..i].iter().product(), shape[i], shape[i + 1..].iter().product())
 }
 
-/// Sums of what comes before each element along the axis, itself included unless `exclusive`.
-fn cumulate<T: Copy + Default>(
+/// Sums, or what else `add` makes from `zero` on, of what comes before each element along the axis, itself included
+/// unless `exclusive`.
+fn cumulate<T: Copy>(
     x: &[T],
     (outer, n, inner): (usize, usize, usize),
-    exclusive: bool,
-    reverse: bool,
+    (exclusive, reverse): (bool, bool),
+    zero: T,
     add: impl Fn(T, T) -> T,
 ) -> Vec<T> {
-    let mut out = vec![T::default(); x.len()];
+    let mut out = vec![zero; x.len()];
     for o in 0..outer {
         for i in 0..inner {
-            let mut sum = T::default();
+            let mut sum = zero;
             for step in 0..n {
                 let j = if reverse { n - 1 - step } else { step };
                 let at = (o * n + j) * inner + i;
@@ -38,23 +39,44 @@ fn cumulate<T: Copy + Default>(
     out
 }
 
-fn cum_sum(cx: &EvalCx) -> Evaluated {
+fn cumulative(cx: &EvalCx, product: bool) -> Evaluated {
     let (t, along) = (cx.input(0)?, cx.input(1)?.to_i64()?);
     let &[along] = &along[..] else { return Err(OpError::invalid("the axis is not one number")) };
     let dims = around(t.shape(), axis(along, t.rank())?);
-    let (ex, rev) = (cx.int_or("exclusive", 0) != 0, cx.int_or("reverse", 0) != 0);
+    let how = (cx.int_or("exclusive", 0) != 0, cx.int_or("reverse", 0) != 0);
+    macro_rules! ints {
+        ($v:expr, $t:ty) => {
+            match product {
+                true => cumulate($v, dims, how, 1, <$t>::wrapping_mul),
+                false => cumulate($v, dims, how, 0, <$t>::wrapping_add),
+            }
+            .into()
+        };
+    }
     let data: Data = match t.data() {
-        Data::F64(v) => cumulate(v, dims, ex, rev, |a, b| a + b).into(),
-        Data::I64(v) => cumulate(v, dims, ex, rev, i64::wrapping_add).into(),
-        Data::I32(v) => cumulate(v, dims, ex, rev, i32::wrapping_add).into(),
-        Data::U64(v) => cumulate(v, dims, ex, rev, u64::wrapping_add).into(),
-        Data::U32(v) => cumulate(v, dims, ex, rev, u32::wrapping_add).into(),
+        Data::F64(v) if product => cumulate(v, dims, how, 1.0, |a, b| a * b).into(),
+        Data::F64(v) => cumulate(v, dims, how, 0.0, |a, b| a + b).into(),
+        Data::I64(v) => ints!(v, i64),
+        Data::I32(v) => ints!(v, i32),
+        Data::U64(v) => ints!(v, u64),
+        Data::U32(v) => ints!(v, u32),
         _ => {
-            let sums = cumulate(&t.to_f32()?, dims, ex, rev, |a, b| a + b);
-            return cx.one(Tensor::from_f32(t.elem(), t.shape(), sums)?);
+            let v = t.to_f32()?;
+            let values = match product {
+                true => cumulate(&v, dims, how, 1.0, |a, b| a * b),
+                false => cumulate(&v, dims, how, 0.0, |a, b| a + b),
+            };
+            return cx.one(Tensor::from_f32(t.elem(), t.shape(), values)?);
         }
     };
     cx.one(Tensor::new(t.shape(), data)?)
+}
+
+/// An order of all values: NaN is equal to itself and greater than any number. Sorting needs one.
+pub(super) fn total<T: PartialOrd>(a: &T, b: &T) -> Ordering {
+    #[allow(clippy::eq_op)]
+    let nan = |x: &T| x != x;
+    a.partial_cmp(b).unwrap_or_else(|| nan(a).cmp(&nan(b)))
 }
 
 /// The places of the `k` first elements of each line, in the order asked for; equal elements in their own order.
@@ -70,7 +92,7 @@ fn top_places<T: PartialOrd>(
             let value = |j: usize| &x[(o * n + j) * inner + i];
             let mut order: Vec<usize> = (0..n).collect();
             order.sort_by(|&a, &b| {
-                let by = value(a).partial_cmp(value(b)).unwrap_or(Ordering::Equal);
+                let by = total(value(a), value(b));
                 if largest { by.reverse() } else { by }
             });
             for (rank, &j) in order[..k].iter().enumerate() {
@@ -206,7 +228,14 @@ pub const OPS: &[OpDef] = &[
         name: "onnx.CumSum",
         operands: (2, 2),
         infer: super::util::same_type,
-        eval: cum_sum,
+        eval: |cx| cumulative(cx, false),
+        ..OpDef::NEW
+    },
+    OpDef {
+        name: "onnx.CumProd",
+        operands: (2, 2),
+        infer: super::util::same_type,
+        eval: |cx| cumulative(cx, true),
         ..OpDef::NEW
     },
     OpDef {

@@ -1,8 +1,9 @@
-//! ScatterElements (and Scatter, its old name) and ScatterND: copies with some elements replaced or combined.
+//! ScatterElements (and Scatter, its old name), ScatterND and TensorScatter: copies with some elements replaced or
+//! combined.
 //!
 //! Updates are applied in order, so where places repeat the result does not depend on threads.
 
-use super::gather::{along_axis, blocks};
+use super::gather::{along_axis, blocks, place};
 use super::util::{axis, moved, same_type, wrong_elem};
 use crate::ops::{EvalCx, Evaluated, OpDef, OpError};
 use crate::tensor::{Data, Tensor};
@@ -116,10 +117,60 @@ fn nd(cx: &EvalCx) -> Evaluated {
     apply(t, updates, &places, block, reduction(cx)?)
 }
 
+/// Writes rows of a sequence into a cache, at a place of its own for each batch.
+fn cache(cx: &EvalCx) -> Evaluated {
+    let (t, update) = (cx.input(0)?, cx.input(1)?);
+    let i = axis(cx.int_or("axis", -2), t.rank())?;
+    if i == 0 {
+        return Err(OpError::invalid("the axis is that of the batch"));
+    }
+    let fits = update.rank() == t.rank()
+        && (0..t.rank()).all(|d| match d == i {
+            true => update.shape()[d] <= t.shape()[d],
+            false => update.shape()[d] == t.shape()[d],
+        });
+    if !fits {
+        let (a, b) = (update.shape(), t.shape());
+        return Err(OpError::Invalid(format!(
+            "an update of shape {a:?} does not fit a cache of shape {b:?}"
+        )));
+    }
+    let circular = match cx.attrs.str("mode").unwrap_or("linear") {
+        "linear" => false,
+        "circular" => true,
+        other => return Err(OpError::Invalid(format!("mode is {other:?}, expected linear or circular"))),
+    };
+    let (batch, size, rows) = (t.shape()[0], t.shape()[i], update.shape()[i]);
+    let starts = match cx.opt(2)? {
+        Some(s) => s.to_i64()?.into_owned(),
+        None => vec![0; batch],
+    };
+    if starts.len() != batch {
+        let found = starts.len();
+        return Err(OpError::Invalid(format!("expected {batch} write indices, found {found}")));
+    }
+    let block: usize = t.shape()[i + 1..].iter().product();
+    let outer: usize = t.shape()[..i].iter().product();
+    let mut places = Vec::with_capacity(outer * rows);
+    for o in 0..outer {
+        let start = starts[o / (outer / batch)];
+        for row in 0..rows {
+            let at = start.saturating_add(row as i64);
+            let at = if circular { at.rem_euclid(size as i64) } else { at };
+            places.push((o * size + place(at, size)?) * block);
+        }
+    }
+    apply(t, update, &places, block, Reduction::None)
+}
+
 const fn op(name: &'static str, eval: fn(&EvalCx) -> Evaluated) -> OpDef {
     OpDef { name, operands: (3, 3), infer: same_type, eval, ..OpDef::NEW }
 }
 
 /// Scatters.
-pub const OPS: &[OpDef] =
-    &[op("onnx.Scatter", elements), op("onnx.ScatterElements", elements), op("onnx.ScatterND", nd)];
+pub const OPS: &[OpDef] = &[
+    op("onnx.Scatter", elements),
+    op("onnx.ScatterElements", elements),
+    op("onnx.ScatterND", nd),
+    OpDef { name: "onnx.TensorScatter", operands: (2, 3), infer: same_type, eval: cache, ..OpDef::NEW },
+];

@@ -1,24 +1,30 @@
-//! Softmax and LogSoftmax. From opset 13 on along one axis; before, over all dims from `axis` on taken as one.
+//! Softmax, LogSoftmax and Hardmax. From opset 13 on along one axis; before, over all dims from `axis` on taken as one.
 //!
 //! Computed in double precision for f64, else in single.
 
 use super::util;
 use crate::kernels::real::{Real, with_real};
-use crate::ops::{EvalCx, Evaluated, OpDef};
+use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use rayon::prelude::*;
 
 /// The ops of this file.
 pub const OPS: &[OpDef] = &[
     OpDef {
         name: "onnx.Softmax",
-        infer: util::same_type,
+        infer,
         eval: |cx| with_real!(cx.input(0)?, T => along_axis(cx, T::row_softmax)),
         ..OpDef::NEW
     },
     OpDef {
         name: "onnx.LogSoftmax",
-        infer: util::same_type,
+        infer,
         eval: |cx| with_real!(cx.input(0)?, T => along_axis(cx, T::row_log_softmax)),
+        ..OpDef::NEW
+    },
+    OpDef {
+        name: "onnx.Hardmax",
+        infer,
+        eval: |cx| with_real!(cx.input(0)?, T => along_axis(cx, hardmax::<T>)),
         ..OpDef::NEW
     },
 ];
@@ -35,17 +41,34 @@ fn each_row<T: Send>(data: &mut [T], n: usize, f: impl Fn(&mut [T]) + Sync) {
     }
 }
 
+/// One at the first of the greatest elements, zero elsewhere.
+fn hardmax<T: Real>(row: &mut [T]) {
+    let best = (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best });
+    row.iter_mut().enumerate().for_each(|(i, x)| *x = if i == best { T::one() } else { T::zero() });
+}
+
+/// The axis for this rank, 0 for a scalar; the old default axis 1 may stand behind the last dim of a vector.
+fn place(axis: Option<i64>, flatten: bool, rank: usize) -> Result<usize, OpError> {
+    let axis = axis.unwrap_or(if flatten { 1 } else { -1 });
+    match rank {
+        0 => Ok(0),
+        _ if flatten && axis == rank as i64 => Ok(rank),
+        _ => util::axis(axis, rank),
+    }
+}
+
+fn infer(cx: &InferCx) -> Inferred {
+    if let Some(d) = cx.dims(0) {
+        place(cx.attrs.int("axis"), cx.opset < 13, d.len())?;
+    }
+    util::same_type(cx)
+}
+
 fn along_axis<T: Real>(cx: &EvalCx, f: fn(&mut [T])) -> Evaluated {
     let x = cx.input(0)?;
     let shape = x.shape();
     let flatten = cx.opset < 13;
-    let axis = cx.int_or("axis", if flatten { 1 } else { -1 });
-    // A scalar is one row of one element; the old default axis 1 may stand behind the last dim of a vector.
-    let axis = match shape.len() {
-        0 => 0,
-        rank if flatten && axis == rank as i64 => rank,
-        rank => util::axis(axis, rank)?,
-    };
+    let axis = place(cx.attrs.int("axis"), flatten, shape.len())?;
     let mut data = T::values(x)?.into_owned();
     let (n, inner): (usize, usize) = match flatten || shape.is_empty() {
         true => (shape[axis..].iter().product(), 1),

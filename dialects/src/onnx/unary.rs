@@ -216,7 +216,9 @@ pub const OPS: &[OpDef] = &[
         |cx| each!(cx, [alpha = 1.0] x => if x < 0.0 { alpha * (x / alpha).exp_m1() } else { x }),
     ),
     op("onnx.Selu", |cx| {
-        each!(cx, [alpha = 1.673_263_2, gamma = 1.050_701] x => {
+        // The first version rounded its constants to four places.
+        let (a, g) = if cx.opset < 6 { (1.6732, 1.0507) } else { (1.673_263_2, 1.050_701) };
+        each!(cx, [alpha = a, gamma = g] x => {
             gamma * if x > 0.0 { x } else { alpha * x.exp_m1() }
         })
     }),
