@@ -20,7 +20,7 @@ mod pool;
 mod recurrent;
 mod reduce;
 mod reshape;
-mod rotary;
+pub(crate) mod rotary;
 mod scatter;
 mod select;
 mod softmax;
