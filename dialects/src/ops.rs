@@ -232,6 +232,12 @@ impl OpDef {
     };
 }
 
+/// Every op of this crate.
+pub(crate) fn all() -> impl Iterator<Item = &'static OpDef> {
+    let families = [crate::onnx::FAMILIES, crate::ms::FAMILIES, crate::quant::FAMILIES];
+    families.into_iter().flatten().copied().flatten()
+}
+
 /// The table of known ops. An op that is not in it passes through untouched.
 #[derive(Clone, Default)]
 pub struct Ops(HashMap<&'static str, &'static OpDef>);
@@ -239,11 +245,7 @@ pub struct Ops(HashMap<&'static str, &'static OpDef>);
 impl Ops {
     /// Every op of this crate.
     pub fn standard() -> Ops {
-        let mut ops = Ops::default();
-        for family in crate::onnx::FAMILIES.iter().chain(crate::quant::FAMILIES) {
-            ops.add(family);
-        }
-        ops
+        Ops(all().map(|def| (def.name, def)).collect())
     }
 
     /// Adds ops; a name that is there already is replaced.

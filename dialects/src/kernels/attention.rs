@@ -5,7 +5,7 @@
 use super::gemm::{self, Mat};
 use super::{row, strided};
 use crate::ir::Elem;
-use crate::ops::OpError;
+use crate::ops::{Item, OpError};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -68,7 +68,8 @@ impl<'a> Heads<'a> {
         });
         if strided::count(&[batch, heads, positions, size])? > 0 && last.is_none_or(|end| end > data.len()) {
             let found = data.len();
-            let message = format!("{batch} batches of {heads} heads [{positions}, {size}] in {found} elements");
+            let message =
+                format!("{batch} batches of {heads} heads [{positions}, {size}] in {found} elements");
             return Err(OpError::invalid(message));
         }
         Ok(Heads { data, start, batch, heads, positions, size, strides })
@@ -308,8 +309,26 @@ impl Attention<'_> {
     }
 }
 
-/// `[batch, heads, positions, size]` as `[batch, positions, heads * size]`.
-pub fn join_heads(y: &[f32], [_, heads, positions, size]: [usize; 4]) -> Vec<f32> {
+/// An op's results, as many as are wanted: `y`, the keys, the values, and the scores `[batch, heads, rows, keys]`.
+pub fn results(
+    outputs: usize,
+    y: Tensor,
+    [k, v]: [&Heads; 2],
+    (scores, shape): (Vec<f32>, [usize; 4]),
+) -> Result<Vec<Item>, OpError> {
+    let elem = y.elem();
+    let mut out = vec![y.into()];
+    if outputs > 1 {
+        out.extend([k.tensor(elem)?.into(), v.tensor(elem)?.into()]);
+    }
+    if outputs > 3 && !(scores.is_empty() && shape.iter().all(|&n| n > 0)) {
+        out.push(Tensor::from_f32(elem, &shape, scores)?.into());
+    }
+    Ok(out)
+}
+
+/// `[batch, heads, positions, size]` as a tensor `[batch, positions, heads * size]`.
+pub fn joined(elem: Elem, y: &[f32], [batch, heads, positions, size]: [usize; 4]) -> Result<Tensor, OpError> {
     let mut out = vec![0f32; y.len()];
     let width = heads * size;
     if !y.is_empty() {
@@ -322,5 +341,5 @@ pub fn join_heads(y: &[f32], [_, heads, positions, size]: [usize; 4]) -> Vec<f32
             }
         });
     }
-    out
+    Ok(Tensor::from_f32(elem, &[batch, positions, width], out)?)
 }

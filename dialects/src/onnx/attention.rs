@@ -5,7 +5,7 @@
 //! gives zeros, as the specification's later errata say.
 
 use crate::ir::{Dim, Type};
-use crate::kernels::attention::{Attention, Heads, Keep, join_heads};
+use crate::kernels::attention::{Attention, Heads, Keep, joined, results};
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::Tensor;
 use std::borrow::Cow;
@@ -155,21 +155,12 @@ fn eval(cx: &EvalCx) -> Evaluated {
         keep: (cx.outputs > 3).then_some(mode),
     };
     let (y, scores) = attention.run(&q, &k, &v)?;
+    let shape = [batch, heads, rows, v.size];
     let y = match x.rank() {
-        3 => {
-            let joined = join_heads(&y, [batch, heads, rows, v.size]);
-            Tensor::from_f32(x.elem(), &[batch, rows, heads * v.size], joined)?
-        }
-        _ => Tensor::from_f32(x.elem(), &[batch, heads, rows, v.size], y)?,
+        3 => joined(x.elem(), &y, shape)?,
+        _ => Tensor::from_f32(x.elem(), &shape, y)?,
     };
-    if cx.outputs < 2 {
-        return cx.one(y);
-    }
-    let mut out = vec![y.into(), k.tensor(x.elem())?.into(), v.tensor(x.elem())?.into()];
-    if cx.outputs > 3 {
-        out.push(Tensor::from_f32(x.elem(), &[batch, heads, rows, k.positions], scores)?.into());
-    }
-    Ok(out)
+    results(cx.outputs, y, [&k, &v], (scores, [batch, heads, rows, k.positions]))
 }
 
 #[cfg(test)]
