@@ -211,14 +211,17 @@ pub enum Keep {
     Weights,
 }
 
+/// Writes what is added to the scores of (batch, head, row), one for each key, and says whether there is anything.
+pub type Bias<'a> = dyn Fn(usize, usize, usize, &mut [f32]) -> bool + Sync + 'a;
+
 /// What happens between the two products.
 pub struct Attention<'a> {
     /// Factor of the scores.
     pub scale: f32,
     /// Scores `s` become `tanh(s / softcap) * softcap`; 0 leaves them.
     pub softcap: f32,
-    /// Writes what is added to the scores of (batch, head, row), one for each key, and says whether there is anything.
-    pub bias: &'a (dyn Fn(usize, usize, usize, &mut [f32]) -> bool + Sync),
+    /// What is added to the scores.
+    pub bias: &'a Bias<'a>,
     /// One more score per head that takes its share of the softmax and adds nothing to the result.
     pub sinks: Option<&'a [f32]>,
     /// Scores that are wanted.

@@ -21,7 +21,6 @@ pub const OPS: &[OpDef] = &[OpDef {
     infer,
     verify,
     eval,
-    ..OpDef::NEW
 }];
 
 fn counts(attrs: &crate::ir::Attrs) -> Result<[usize; 2], OpError> {
