@@ -7,6 +7,7 @@
 pub mod exec;
 pub mod ir;
 pub mod kernels;
+pub mod ms;
 pub mod onnx;
 pub mod ops;
 pub mod quant;

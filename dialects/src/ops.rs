@@ -260,6 +260,12 @@ impl OpDef {
     };
 }
 
+/// Every op of this crate.
+pub(crate) fn all() -> impl Iterator<Item = &'static OpDef> {
+    let families = [crate::onnx::FAMILIES, crate::ms::FAMILIES, crate::quant::FAMILIES];
+    families.into_iter().flatten().copied().flatten()
+}
+
 /// The table of known ops. An op that is not in it passes through untouched.
 #[derive(Clone, Default)]
 pub struct Ops {
@@ -271,11 +277,7 @@ pub struct Ops {
 impl Ops {
     /// Every op of this crate.
     pub fn standard() -> Ops {
-        let mut ops = Ops { bodies: true, ..Ops::default() };
-        for family in crate::onnx::FAMILIES.iter().chain(crate::quant::FAMILIES) {
-            ops.add(family);
-        }
-        ops
+        Ops { table: all().map(|def| (def.name, def)).collect(), bodies: true }
     }
 
     /// Adds ops; a name that is there already is replaced.

@@ -1,4 +1,5 @@
-//! Arrays for every input of a model, from a `.npz` file whose names are those of the inputs.
+//! Arrays for the inputs of a model, from a `.npz` file whose names are those of the inputs. What a language model
+//! takes beside its tokens may be left out: it is filled in as for tokens.
 
 use super::{Batch, CalibError};
 use crate::data::lm::{Lm, free_inputs, inputs_of};
@@ -32,6 +33,8 @@ enum Layout {
 /// Arrays of samples.
 pub(super) struct Arrays {
     inputs: Vec<(Symbol, Array, Layout)>,
+    /// The language model, where some of its inputs are filled in.
+    lm: Option<Lm>,
     /// The samples to feed, by their rows.
     order: Vec<usize>,
     per_run: usize,
@@ -46,9 +49,14 @@ impl Arrays {
         let is_input = |name: &str| wanted.iter().any(|(n, _)| &**n == name);
         let (mut found, names) = npy::read_npz(path, is_input).map_err(CalibError::plain)?;
         let extra: Vec<&str> = names.iter().map(String::as_str).filter(|n| !is_input(n)).collect();
+        let given: Vec<String> = found.iter().map(|(n, _)| n.to_string()).collect();
+        let lm = Lm::of(m).ok().filter(|lm| given.len() < wanted.len() && lm.fills_beside(&given));
         let mut inputs = Vec::new();
         for (name, ty) in &wanted {
             let Some(at) = found.iter().position(|(n, _)| **n == **name) else {
+                if lm.is_some() {
+                    continue;
+                }
                 return Err(missing(path, name, ty, &names));
             };
             let array = found.swap_remove(at).1;
@@ -62,22 +70,23 @@ impl Arrays {
             order.shuffle(&mut ChaCha8Rng::seed_from_u64(take.seed));
         }
         order.truncate(take.rows);
-        let mut arrays = Arrays { inputs, order, per_run: 1 };
+        let mut notes: Vec<String> = lm.iter().filter_map(|lm| lm.filled_beside(&given)).collect();
+        if !extra.is_empty() {
+            let list = extra.join(", ");
+            notes.push(format!("{}: no inputs of the model, left aside: {list}", path.display()));
+        }
+        let mut arrays = Arrays { inputs, lm, order, per_run: 1 };
         arrays.per_run = arrays.per_run(&wanted).map_err(bad)?;
-        let notes = match extra[..] {
-            [] => Vec::new(),
-            _ => {
-                vec![format!("{}: no inputs of the model, left aside: {}", path.display(), extra.join(", "))]
-            }
-        };
         Ok((arrays, notes))
     }
 
     /// Samples in a run: as many as the model's batch, where it is fixed.
     fn per_run(&self, wanted: &[(Symbol, Type)]) -> Result<usize, String> {
-        let stacked = self.inputs.iter().zip(wanted).filter(|((_, _, l), _)| matches!(l, Layout::Stacked));
-        let mut fixed =
-            stacked.filter_map(|(_, (name, ty))| Some((name, ty.dims()?.first()?.known()? as usize)));
+        let stacked = self.inputs.iter().filter(|(_, _, l)| matches!(l, Layout::Stacked));
+        let mut fixed = stacked.filter_map(|(name, ..)| {
+            let (_, ty) = wanted.iter().find(|(n, _)| n == name)?;
+            Some((name, ty.dims()?.first()?.known()? as usize))
+        });
         if self.inputs.iter().any(|(_, _, l)| matches!(l, Layout::Apart)) {
             return Ok(1);
         }
@@ -137,7 +146,12 @@ impl Arrays {
                 }
             }
         };
-        self.inputs.iter().map(|(name, array, layout)| (name.clone(), value(array, layout))).collect()
+        let given: Batch =
+            self.inputs.iter().map(|(name, array, layout)| (name.clone(), value(array, layout))).collect();
+        match &self.lm {
+            Some(lm) => lm.filled_in(given),
+            None => given,
+        }
     }
 }
 

@@ -1,13 +1,13 @@
 //! Language models: how one is recognized, and how it is fed with rows of tokens.
 //!
-//! One takes `input_ids`, integers `[batch, seq]`; of its other inputs, `attention_mask`, `position_ids` and
-//! `token_type_ids` are filled in. A causal one gives `logits`, floats `[batch, seq, vocabulary]`.
+//! One takes `input_ids`, integers `[batch, seq]`; its other inputs are filled in ([`super::feed`]). A causal one gives
+//! `logits`, floats `[batch, seq, vocabulary]`.
 
 use super::Batch;
+use super::feed::{self, Feed};
 use dialects::exec::{ExecError, Executor, run_once};
 use dialects::ir::{Elem, Module, Symbol, Type, Value};
 use dialects::ops::Item;
-use dialects::tensor::Tensor;
 use thiserror::Error;
 
 /// Logits of one run take at most this many bytes, where more than one row goes into it.
@@ -28,13 +28,43 @@ pub enum LmError {
     /// It gives no logits.
     #[error("this is not a causal language model: {0}")]
     NotCausal(String),
-    /// It wants a cache.
+    /// It wants a cache whose shape is not known.
     #[error(
-        "the input {0:?} is a key/value cache, which is not supported yet: export the model without a cache"
+        "the key/value cache {name:?} of type {ty} cannot be made empty: expected floats [batch, heads, past, size] with \
+         heads and size fixed"
     )]
-    Cache(Symbol),
+    Cache {
+        /// The input.
+        name: Symbol,
+        /// Its type.
+        ty: Type,
+    },
+    /// It wants a cache of a fixed length, and has no way to be told that it holds nothing.
+    #[error(
+        "the key/value cache {name:?} always holds {past} positions, and neither attention_mask nor seqlens_k says that \
+         they do not count: export the model with a past of any length"
+    )]
+    Unmasked {
+        /// The input.
+        name: Symbol,
+        /// Positions of the cache.
+        past: usize,
+    },
+    /// It wants caches of several lengths.
+    #[error("the key/value cache {name:?} holds {past} positions, others hold {other}")]
+    Lengths {
+        /// The input.
+        name: Symbol,
+        /// Its positions.
+        past: usize,
+        /// Those of the others.
+        other: usize,
+    },
     /// It wants something that cannot be guessed.
-    #[error("the input {name:?} of type {ty} cannot be filled in from tokens")]
+    #[error(
+        "the input {name:?} of type {ty} cannot be filled in from tokens: known are {}",
+        feed::known_names()
+    )]
     Input {
         /// The input.
         name: Symbol,
@@ -42,24 +72,6 @@ pub enum LmError {
         ty: Type,
     },
 }
-
-/// What fills an input beside the tokens.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Fill {
-    /// Ones: every token counts.
-    Ones,
-    /// 0, 1, 2, ... along the row.
-    Positions,
-    /// Zeros: one segment.
-    Zeros,
-}
-
-/// The inputs that are filled in.
-const FILLS: [(&str, Fill, &str); 3] = [
-    ("attention_mask", Fill::Ones, "ones"),
-    ("position_ids", Fill::Positions, "0, 1, 2, ..."),
-    ("token_type_ids", Fill::Zeros, "zeros"),
-];
 
 /// A language model's inputs and output.
 #[derive(Clone, Debug)]
@@ -72,7 +84,9 @@ pub struct Lm {
     pub batch: Option<usize>,
     /// The tokens in a row, where the model fixes them.
     pub len: Option<usize>,
-    inputs: Vec<(Symbol, Elem, Option<Fill>)>,
+    inputs: Vec<Feed>,
+    /// Positions of the cache, which do not count.
+    past: usize,
     /// Elements of logits per token, for the size of runs.
     logits_dim: usize,
 }
@@ -96,18 +110,44 @@ impl Lm {
         if !matches!(m.ty(ids).elem(), Some(Elem::I64 | Elem::I32)) || !ranked(m, ids, 2) {
             return Err(not(&format!("its input_ids are {}, not int64 [batch, seq]", m.ty(ids))));
         }
-        let inputs = free_inputs(m).map(|v| input(m, v)).collect::<Result<_, _>>()?;
+        let inputs: Vec<Feed> = free_inputs(m).map(|v| Feed::of(m, v)).collect::<Result<_, _>>()?;
+        let past = past(&inputs)?;
         let vocab = embedding_rows(m, ids);
         let logits = logits(m);
         let logits_dim = logits.as_ref().ok().and_then(|&v| fixed(m, v, 2)).or(vocab).unwrap_or(1);
-        Ok(Lm { logits, vocab, batch: fixed(m, ids, 0), len: fixed(m, ids, 1), inputs, logits_dim })
+        Ok(Lm { logits, vocab, batch: fixed(m, ids, 0), len: fixed(m, ids, 1), inputs, past, logits_dim })
     }
 
     /// What is fed beside the tokens, in words; `None` when nothing is.
     pub fn filled(&self) -> Option<String> {
-        let words = |name: &str| FILLS.iter().find(|f| f.0 == name).map(|f| format!("{name} with {}", f.2));
-        let list: Vec<String> = self.inputs.iter().filter_map(|(name, ..)| words(name)).collect();
-        (!list.is_empty()).then(|| format!("fed {}", list.join(", ")))
+        feed::in_words(&self.inputs, self.past)
+    }
+
+    /// Whether arrays of these names are enough: the tokens, and no cache, to which what is filled in would not fit.
+    pub fn fills_beside(&self, given: &[String]) -> bool {
+        let has = |name: &str| given.iter().any(|g| g == name);
+        has("input_ids") && !self.inputs.iter().any(|f| f.past().is_some() && has(f.name()))
+    }
+
+    /// What is fed beside arrays of these names, in words.
+    pub fn filled_beside(&self, given: &[String]) -> Option<String> {
+        let rest = self.inputs.iter().filter(|f| !given.iter().any(|g| **g == **f.name()));
+        feed::in_words(&rest.cloned().collect::<Vec<_>>(), self.past)
+    }
+
+    /// A run's inputs: those given, and the others as tokens ask for.
+    pub fn filled_in(&self, given: Batch) -> Batch {
+        let ids = given.iter().find(|(name, _)| &**name == "input_ids").map(|(_, t)| t);
+        let (Some(ids), Some(&len)) = (ids, ids.and_then(|t| t.shape().last())) else { return given };
+        let Ok(tokens) = ids.to_i64() else { return given };
+        let mut batch = if len > 0 { self.batch_of(&tokens, len) } else { Batch::new() };
+        for (name, tensor) in given {
+            match batch.iter_mut().find(|(n, _)| *n == name) {
+                Some(slot) => slot.1 = tensor,
+                None => batch.push((name, tensor)),
+            }
+        }
+        batch
     }
 
     /// Rows for one run of rows of `len` tokens, before [`Lm::probe`] is asked.
@@ -118,17 +158,7 @@ impl Lm {
 
     /// A run's inputs for rows of `len` tokens, row after row in `ids`.
     pub fn batch_of(&self, ids: &[i64], len: usize) -> Batch {
-        let shape = [ids.len() / len, len];
-        let make = |(name, elem, fill): &(Symbol, Elem, Option<Fill>)| {
-            let values: Vec<i64> = match fill {
-                None => ids.to_vec(),
-                Some(Fill::Ones) => vec![1; ids.len()],
-                Some(Fill::Zeros) => vec![0; ids.len()],
-                Some(Fill::Positions) => (0..ids.len()).map(|i| (i % len) as i64).collect(),
-            };
-            (name.clone(), cast(*elem, &shape, values))
-        };
-        self.inputs.iter().map(make).collect()
+        self.inputs.iter().map(|f| (f.name().clone(), f.tensor(ids, len, self.past))).collect()
     }
 
     /// How many rows of `len` tokens a run takes. Some models declare a symbolic batch and then fail on one, or compute
@@ -187,24 +217,17 @@ fn logits(m: &Module) -> Result<Value, LmError> {
     Ok(v)
 }
 
-/// The name and type of an input, and what fills it.
-fn input(m: &Module, v: Value) -> Result<(Symbol, Elem, Option<Fill>), LmError> {
-    let data = &m.values[v];
-    let unknown = || LmError::Input { name: data.name.clone(), ty: data.ty.clone() };
-    if data.name.starts_with("past_key") {
-        return Err(LmError::Cache(data.name.clone()));
+/// The positions that the caches hold, which must be told not to count.
+fn past(inputs: &[Feed]) -> Result<usize, LmError> {
+    let mut caches = inputs.iter().filter_map(|f| Some((f.name(), f.past()?)));
+    let Some((name, past)) = caches.next() else { return Ok(0) };
+    if let Some((name, other)) = caches.find(|&(_, n)| n != past) {
+        return Err(LmError::Lengths { name: name.clone(), past: other, other: past });
     }
-    let elem = data.ty.elem().ok_or_else(unknown)?;
-    if &*data.name == "input_ids" {
-        return Ok((data.name.clone(), elem, None));
+    match past == 0 || inputs.iter().any(Feed::masks) {
+        true => Ok(past),
+        false => Err(LmError::Unmasked { name: name.clone(), past }),
     }
-    let fill = FILLS.iter().find(|f| *f.0 == *data.name).map(|f| f.1).ok_or_else(unknown)?;
-    let legal = matches!(elem, Elem::I64 | Elem::I32)
-        || fill == Fill::Ones && matches!(elem, Elem::Bool | Elem::F32 | Elem::F16 | Elem::BF16);
-    if !legal || !ranked(m, v, 2) {
-        return Err(unknown());
-    }
-    Ok((data.name.clone(), elem, Some(fill)))
 }
 
 /// Rows of the table that the ids look up.
@@ -214,16 +237,6 @@ fn embedding_rows(m: &Module, ids: Value) -> Option<usize> {
         gather && op.operand(1) == Some(ids)
     })?;
     fixed(m, looked_up.operand(0)?, 0)
-}
-
-fn cast(elem: Elem, shape: &[usize], values: Vec<i64>) -> Tensor {
-    let made = match elem {
-        Elem::I64 => Tensor::new(shape, values),
-        Elem::I32 => Tensor::new(shape, values.iter().map(|&v| v as i32).collect::<Vec<_>>()),
-        Elem::Bool => Tensor::new(shape, values.iter().map(|&v| v != 0).collect::<Vec<_>>()),
-        _ => Tensor::from_f32(elem, shape, values.iter().map(|&v| v as f32).collect()),
-    };
-    made.expect("the element type was checked when the model was recognized")
 }
 
 /// Whether logits agree but for rounding, with room for what quantized activations make of it.
@@ -242,6 +255,7 @@ pub fn inputs_of(m: &Module, batch: Batch) -> Vec<(Value, Item)> {
 mod tests {
     use super::*;
     use dialects::ir::Dim;
+    use dialects::tensor::Tensor;
 
     fn sym(name: &str) -> Dim {
         Dim::Sym(name.into())

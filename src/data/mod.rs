@@ -1,5 +1,6 @@
 //! Arrays and tokens from outside, and what a language model is fed with: the ground of calibration and evaluation.
 
+pub mod feed;
 pub mod inputs;
 pub mod lm;
 pub mod npy;

@@ -92,6 +92,16 @@ impl Packed<'_> {
         }
     }
 
+    /// Row `n`, whose element `i` has the scale and zero point of group `groups[i]`.
+    pub fn unpack_by(&self, n: usize, groups: &[usize], out: &mut [f32]) {
+        let (row, bytes) = (n * self.groups(), self.group_bytes());
+        for (i, (o, &g)) in out.iter_mut().zip(groups).enumerate() {
+            let codes = &self.codes[(row + i / self.group) * bytes..][..bytes];
+            let code = f32::from(code(codes, self.container, i % self.group));
+            *o = (code - self.zeros[row + g]) * self.scales[row + g];
+        }
+    }
+
     /// Rows `from..to`, whole, row-major.
     pub fn unpack_rows(&self, from: usize, to: usize, out: &mut [f32]) {
         if self.k > 0 {

@@ -130,6 +130,14 @@ pub fn softmax(x: &mut [f32]) {
     shift_scale(x, 0.0, 1.0 / total);
 }
 
+/// The softmax of a row and one more element, without that element's share.
+pub fn softmax_beside(x: &mut [f32], other: f32) {
+    let top = max(x).max(other);
+    exp_shifted(x, top);
+    let total = sum(x) + exp(other - top);
+    shift_scale(x, 0.0, 1.0 / total);
+}
+
 /// The logarithm of the softmax of a row, in place.
 pub fn log_softmax(x: &mut [f32]) {
     let top = max(x);
@@ -177,6 +185,10 @@ mod tests {
         let mut x = vec![f32::NEG_INFINITY; 3];
         softmax(&mut x);
         assert!(x.iter().all(|v| v.is_nan()));
+        // 1 / (1 + e + 1) beside a third element like the first.
+        let mut x = vec![1000.0, 1001.0];
+        softmax_beside(&mut x, 1000.0);
+        assert!((x[0] - 0.211_941_55).abs() < 1e-7 && (x[1] - 0.576_116_9).abs() < 1e-7);
         let mut x = vec![0.0, 0.0];
         log_softmax(&mut x);
         assert!((x[0] + std::f32::consts::LN_2).abs() < 1e-7);

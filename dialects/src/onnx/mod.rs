@@ -37,7 +37,7 @@ mod reduce;
 mod reshape;
 mod resize;
 mod reverse_sequence;
-mod rotary;
+pub(crate) mod rotary;
 mod sample;
 mod scatter;
 mod select;

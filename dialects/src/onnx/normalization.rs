@@ -29,7 +29,23 @@ pub const OPS: &[OpDef] = &[
         eval: |cx| with_real!(cx.input(0)?, T => eval::<T>(cx, false)),
         ..OpDef::NEW
     },
+    // RMSNormalization as exporters wrote it before it was standard: it also gives the inverse deviation.
+    OpDef {
+        name: "onnx.SimplifiedLayerNormalization",
+        operands: (2, 2),
+        results: (1, 2),
+        infer: |cx| infer(cx).map(without_mean),
+        eval: |cx| eval(cx, false).map(without_mean),
+        ..OpDef::NEW
+    },
 ];
+
+fn without_mean<T>(mut results: Vec<T>) -> Vec<T> {
+    if results.len() > 1 {
+        results.remove(1);
+    }
+    results
+}
 
 fn infer(cx: &InferCx) -> Inferred {
     let mut facts = vec![cx.ty(0).clone().into()];

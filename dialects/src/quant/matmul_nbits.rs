@@ -66,9 +66,6 @@ fn eval(cx: &EvalCx) -> Evaluated {
             a.shape()
         )));
     }
-    if cx.opt(4)?.is_some() {
-        return Err(OpError::Unsupported("g_idx: a permuted weight".into()));
-    }
     let scales = cx.input(2)?.to_f32()?;
     let zero_points = cx.opt(3)?;
     let float_zeros = zero_points.is_some_and(|z| z.elem().is_float());
@@ -79,6 +76,7 @@ fn eval(cx: &EvalCx) -> Evaluated {
     };
     let codes = cx.input(1)?.u8s()?;
     let w = Packed { codes, scales, zeros, n, k, group, container: bits }.checked()?;
+    let order = cx.opt(4)?.map(|g| group_order(&g.to_i64()?, &w)).transpose()?;
     let bias = cx.opt(5)?.map(Tensor::to_f32).transpose()?;
     if bias.as_ref().is_some_and(|b| b.len() != n) {
         return Err(OpError::invalid(format!("the bias does not have {n} elements")));
@@ -96,13 +94,29 @@ fn eval(cx: &EvalCx) -> Evaluated {
     gemm::strips(&mut y, n, TILE, |from, y| {
         let rows = y.cols();
         let mut tile = vec![0f32; rows * k];
-        w.unpack_rows(from, from + rows, &mut tile);
+        match &order {
+            None => w.unpack_rows(from, from + rows, &mut tile),
+            Some(groups) => {
+                (from..).zip(tile.chunks_exact_mut(k)).for_each(|(n, row)| w.unpack_by(n, groups, row))
+            }
+        }
         gemm::tile_into(x, Mat::new(&tile, rows, k).t(), y);
         if let Some(bias) = &bias {
             y.rows_mut().for_each(|y| row::add(y, &bias[from..from + rows]));
         }
     });
     cx.one(Tensor::from_f32(a.elem(), &shape, y)?)
+}
+
+/// The group of each element along K, where they do not lie in order (`g_idx`).
+fn group_order(given: &[i64], w: &Packed) -> Result<Vec<usize>, OpError> {
+    let groups = w.groups();
+    let inside = |&g: &i64| usize::try_from(g).ok().filter(|&g| g < groups);
+    let order: Option<Vec<usize>> = given.iter().take(w.k).map(inside).collect();
+    order.filter(|o| o.len() == w.k).ok_or_else(|| {
+        let (k, found) = (w.k, given.len());
+        OpError::invalid(format!("g_idx has {found} elements, expected {k} groups below {groups}"))
+    })
 }
 
 /// Zero points of `[N, kb]` from codes packed row by row, each row padded to whole bytes.

@@ -27,6 +27,21 @@ pub const OPS: &[OpDef] = &[
         eval: quantize,
         ..OpDef::NEW
     },
+    // The same of the other domain, in which there are no blocks.
+    OpDef {
+        name: "com.microsoft.DequantizeLinear",
+        operands: (2, 3),
+        infer: infer_dequantize,
+        eval: dequantize,
+        ..OpDef::NEW
+    },
+    OpDef {
+        name: "com.microsoft.QuantizeLinear",
+        operands: (2, 3),
+        infer: infer_quantize,
+        eval: quantize,
+        ..OpDef::NEW
+    },
 ];
 
 fn named_type(code: Option<i64>) -> Option<Elem> {

@@ -197,6 +197,7 @@ fn rms_norm_without_gain_has_no_place() {
 fn fused_norms() {
     for (norm, sites) in [
         ("onnx.RMSNormalization(%x, %g)", vec!["g"]),
+        ("onnx.SimplifiedLayerNormalization(%x, %g)", vec!["g"]),
         ("onnx.LayerNormalization(%x, %g)", vec!["g"]),
         ("onnx.LayerNormalization(%x, %g, %b)", vec!["g", "b"]),
     ] {

@@ -84,6 +84,7 @@ pub fn takes_scale(op: &str) -> bool {
             | "Conv"
             | "LayerNormalization"
             | "RMSNormalization"
+            | "SimplifiedLayerNormalization"
             | "BatchNormalization"
     )
 }

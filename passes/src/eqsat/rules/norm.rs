@@ -8,7 +8,11 @@ use crate::eqsat::lang::Node;
 
 /// Rules that move a scale.
 pub const PUSHES: &[Push] = &[
-    Push { name: "scale-norm", through: &["LayerNormalization", "RMSNormalization"], push: norm },
+    Push {
+        name: "scale-norm",
+        through: &["LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"],
+        push: norm,
+    },
     Push { name: "scale-batch-norm", through: &["BatchNormalization"], push: batch_norm },
 ];
 
