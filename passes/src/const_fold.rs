@@ -133,24 +133,30 @@ impl ConstFold {
                 Some((_, c)) => Some(Some(Tensor::from_const(&m.consts[(*c)?]).ok()?.into())),
             })
             .collect::<Option<_>>()?;
-        let region = |_: Region, _: Vec<Item>| Err(OpError::Unsupported("a nested graph".into()));
-        let cx = EvalCx {
-            name: &data.name,
-            attrs: &data.attrs,
-            opset: m.opset(data.name.dialect()),
-            inputs: &inputs,
-            outputs: data.results.len(),
-            consts: &m.consts,
-            region: &region,
-            exact: true,
-        };
-        let items = (ops.get(&data.name)?.eval)(&cx).ok()?;
+        let items = run(m, ops, op, &inputs)?;
         let items = items.iter().map(|i| Some(i.tensor().ok()?.to_const()));
         let tensors: Vec<ConstData> = items.collect::<Option<_>>()?;
         let wanted = data.results.iter().rposition(Option::is_some)? + 1;
         let found: u64 = tensors.iter().map(ConstData::byte_len).sum();
         (tensors.len() >= wanted && found <= limit).then_some(tensors)
     }
+}
+
+/// The results of one op without nested graphs; `None` where it cannot be evaluated.
+pub fn run(m: &Module, ops: &Ops, op: Op, inputs: &[Option<Item>]) -> Option<Vec<Item>> {
+    let data = &m.ops[op];
+    let region = |_: Region, _: Vec<Item>| Err(OpError::Unsupported("a nested graph".into()));
+    let cx = EvalCx {
+        name: &data.name,
+        attrs: &data.attrs,
+        opset: m.opset(data.name.dialect()),
+        inputs,
+        outputs: data.results.len(),
+        consts: &m.consts,
+        region: &region,
+        exact: true,
+    };
+    (ops.get(&data.name)?.eval)(&cx).ok()
 }
 
 /// Whether folding is allowed at all: a plain op without nested graphs, whose results are no graph outputs.
