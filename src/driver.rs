@@ -101,6 +101,10 @@ pub fn run(
     check_names(pipeline, options)?;
     let driver = Driver { pipeline, registry, env, options };
     let mut outcome = Outcome::default();
+    if let n @ 1.. = passes::linear::kept(m) {
+        let weights = if n == 1 { "weight" } else { "weights" };
+        outcome.report.note(format!("already quantized: {n} {weights} kept"));
+    }
     for number in 1..=pipeline.steps.len() {
         let name = pipeline.steps[number - 1].pass.name();
         if let Some(limit) = options.bisect_limit {

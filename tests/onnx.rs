@@ -385,6 +385,23 @@ fn large_tensors_go_to_an_aligned_sidecar() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
 }
 
+/// Nothing is put beside a device or a pipe: all of the model goes into it.
+#[cfg(unix)]
+#[test]
+fn no_sidecar_beside_what_is_no_plain_file() {
+    let mut m = weights(vec![tensor("w0", &[2000], &[7; 8000])]);
+    m.graph.mut_or_insert_default().node[0].input[1] = "w0".into();
+    let imported = import::from_bytes(m.write_to_bytes().unwrap().into()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let link = dir.path().join("out.onnx");
+    std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+    let options = export::Options { external_data: true, ..Default::default() };
+    let written = export::write(&imported.module, &link, &options, &mut |_, _| {}).unwrap();
+    assert_eq!(written.0.len(), 1);
+    assert!(written.0[0].1 > 8000);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
 /// Lists a hundred thousand long, of every sort, take no time that grows with their square.
 #[test]
 fn long_lists_do_not_hang() {

@@ -63,7 +63,7 @@ fn main() {
         (4, 32, false, Layout::Nk),
         (4, 128, false, Layout::Nk),
     ] {
-        let spec = Spec { bits, group_size, symmetric, f16_scales: false };
+        let spec = Spec { bits, group_size, symmetric, scales: Float::F32 };
         let (codes, groups) = spec.lens(N, K).expect("it fits");
         let count = bytes / (K * N * 4);
         let mut out: Vec<_> =

@@ -9,7 +9,10 @@
 use crate::eqsat::{self, Placement};
 use crate::gram::{self, Gram, quadratic_of};
 use crate::grid::{self, Clip, Float, Layout, Matrix, Parts, Quantizer};
-use crate::quantize::{GridOptions, Notes, Shared, candidates, dequantize, quantize_matrix};
+use crate::linear::Form;
+use crate::quantize::{
+    GridOptions, Notes, Shared, candidates, dequantize, each, quantize, quantize_matrix, scale_type,
+};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::{Module, Op, OpBuilder, Use, Value};
 use dialects::tensor::Tensor;
@@ -74,14 +77,13 @@ impl Pass for Awq {
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
         self.options.check(NAME)?;
-        let groups = groups(candidates(m, cx, &self.filter));
-        if groups.is_empty() {
-            if cx.settings.allow_noop {
-                return Ok(Changed::No);
-            }
-            let why = "no MatMul or Gemm with a constant float weight is left to quantize".into();
-            return Err(PassError::Nothing { pass: NAME, why });
-        }
+        each(m, cx, NAME, &self.filter, false, |m, cx, weights| self.all(m, cx, weights))
+    }
+}
+
+impl Awq {
+    fn all(&self, m: &mut Module, cx: &mut PassCx, weights: Vec<Shared>) -> Result<(), PassError> {
+        let groups = groups(m, weights);
         let first = cx.report.weights.len();
         let progress = cx.env.progress(NAME, groups.len() as u64);
         // Backwards: a scale lands in weights before its linear, which must be float still, and leaves the
@@ -97,12 +99,26 @@ impl Pass for Awq {
                 }
             }
         }
+        for shared in candidates(m, cx, &self.filter, false) {
+            let why = unwatched(m, &shared).unwrap_or("no activations of it were gathered");
+            let notes = vec![format!("rounded to nearest: {why}")];
+            let notes = Notes { method: "rtn".into(), output_error: None, notes };
+            quantize(m, cx, NAME, &shared, &self.options, &grid::Rtn, notes)?;
+        }
         let ops = m.live_ops();
         let place = |node: &str| ops.iter().position(|&op| *m.ops[op].loc == *node);
         cx.report.weights[first..].sort_by_cached_key(|w| place(&w.node));
-        cx.count("quantized weights", (cx.report.weights.len() - first) as u64);
-        Ok(Changed::Yes)
+        Ok(())
     }
+}
+
+/// Why the activations that a weight multiplies cannot be gathered.
+fn unwatched(m: &Module, w: &Shared) -> Option<&'static str> {
+    if w.uses.iter().any(|l| m.ops[l.op].region != m.top) {
+        return Some("activations inside the graphs of If, Loop and Scan are not gathered");
+    }
+    let columns = w.uses.iter().any(|l| l.form == Form::Columns);
+    columns.then_some("the channels of its activation are not the last dim (transA)")
 }
 
 /// Weights whose linears read one value.
@@ -114,10 +130,10 @@ struct Group {
     mixed: bool,
 }
 
-/// Groups weights by the value that they multiply, in program order.
-fn groups(weights: Vec<Shared>) -> Vec<Group> {
+/// Groups weights by the value that they multiply, in program order, where it can be watched.
+fn groups(m: &Module, weights: Vec<Shared>) -> Vec<Group> {
     let mut out: Vec<Group> = Vec::new();
-    for w in weights {
+    for w in weights.into_iter().filter(|w| unwatched(m, w).is_none()) {
         let x = w.first().x;
         let mixed = w.uses.iter().any(|l| l.x != x);
         match out.iter_mut().find(|g| g.x == x && g.k == w.first().k) {
@@ -147,7 +163,8 @@ impl Awq {
         gram: &Gram,
     ) -> Result<(), PassError> {
         // Folding a later group's scale may have put new ops in the place of these linears.
-        let found = groups(candidates(m, cx, &self.filter)).into_iter().find(|g| g.x == x && g.k == k);
+        let weights = candidates(m, cx, &self.filter, false);
+        let found = groups(m, weights).into_iter().find(|g| g.x == x && g.k == k);
         let Some(group) = &found else {
             let why = "this is a bug: the linears that read it are gone".into();
             return Err(PassError::At { pass: NAME, what: m.value_label(x), why });
@@ -156,10 +173,15 @@ impl Awq {
         let placement = self.placement(m, cx, group);
         let (scale, notes) = match &placement {
             Err(why) => (None, vec![format!("no scale: {why}")]),
-            Ok(p) => match self.search(&weights, gram, p.freedom.as_deref(), cx) {
-                Some(scale) => (Some(scale), vec![format!("scale in {}", p.sites.join(", "))]),
-                None => (None, vec!["no scale: none lowers the error of rounding by a tenth".to_string()]),
-            },
+            Ok(p) => {
+                let spec = self.spec(m, cx, &group.weights[0]);
+                match self.search(&weights, gram, p.freedom.as_deref(), &spec) {
+                    Some(scale) => (Some(scale), vec![format!("scale in {}", p.sites.join(", "))]),
+                    None => {
+                        (None, vec!["no scale: none lowers the error of rounding by a tenth".to_string()])
+                    }
+                }
+            }
         };
         let ones = vec![1.0; group.k];
         let s = scale.as_deref().unwrap_or(&ones);
@@ -184,6 +206,13 @@ impl Awq {
             Some(scale) => divide(m, cx, group, &scale),
             None => Ok(()),
         }
+    }
+
+    /// The grid of a weight.
+    fn spec(&self, m: &Module, cx: &PassCx, w: &Shared) -> grid::Spec {
+        let l = w.first();
+        let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
+        self.options.spec(l.k, scale_type(elem, cx.settings))
     }
 
     /// Where a scale on the group's value may go, or why it may not.
@@ -214,15 +243,14 @@ impl Awq {
         weights: &[Rows],
         gram: &Gram,
         freedom: Option<&[u32]>,
-        cx: &PassCx,
+        spec: &grid::Spec,
     ) -> Option<Vec<f32>> {
         let sampled: Vec<Rows> = weights.iter().map(|w| sample(w, gram.k)).collect();
         let exact = gram.to_f32();
         let rms = rms(gram, freedom);
-        let spec = self.options.spec(gram.k, cx.settings.f16_scales);
         let error = |i: u32| {
             let s = scale(&rms, i as f32 / self.grid as f32);
-            (rounding_error(&sampled, &exact, &s, &spec), s)
+            (rounding_error(&sampled, &exact, &s, spec), s)
         };
         let mut tried: Vec<(f64, Vec<f32>)> = (0..=self.grid).into_par_iter().map(error).collect();
         let best = (0..tried.len()).min_by(|&a, &b| tried[a].0.total_cmp(&tried[b].0))?;
@@ -248,7 +276,7 @@ impl Awq {
         let q =
             match self.clip {
                 true => {
-                    let spec = self.options.spec(gram.k, cx.settings.f16_scales);
+                    let spec = self.spec(m, cx, shared);
                     let clip = Clip::new(&gram.divided(s).sums, gram.k, &spec).map_err(|e| {
                         PassError::At { pass: NAME, what: shared.label(m), why: e.to_string() }
                     })?;

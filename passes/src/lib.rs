@@ -4,10 +4,12 @@
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
 pub mod awq;
+pub mod computed;
 pub mod const_fold;
 pub mod dce;
 pub mod eqsat;
 pub mod fold_scales;
+pub mod gemm;
 pub mod gram;
 pub mod grid;
 pub mod linear;

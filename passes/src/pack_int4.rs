@@ -1,13 +1,14 @@
 //! `pack-int4`: quantized weights become `com.microsoft.MatMulNBits`, the form that ONNX Runtime multiplies without
-//! unpacking. Codes of 2, 4 and 8 bits are packed as such, others in the next container.
+//! unpacking. Codes of 2, 4 and 8 bits are packed as such, others in the next container. What it cannot multiply, such
+//! as the kernels of a Conv, becomes DequantizeLinear (see [`crate::pack_qdq`]).
 //!
 //! Never written: `g_idx` (wrong results with u8 zero points), float zero points (about 100x slower), blocks that
 //! are no power of two from 16 to 256 (refused by the CPU kernels).
 
+use crate::gemm::Gemm;
 use crate::qtensor::{Placed, QTensor, constant, container, read};
-use crate::rewrite::{Patch, apply};
-use crate::{Changed, Exactness, OpSet, Pass, PassCx, PassError, tied};
-use dialects::ir::{ConstData, Dim, Elem, Module, Op, OpBuilder, TensorType, Type, Use, Value};
+use crate::{Changed, Exactness, OpSet, Pass, PassCx, PassError, pack_qdq, tied};
+use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Type, Use, Value};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -61,6 +62,7 @@ impl Pass for PackInt4 {
         if packed > 0 {
             m.opsets.entry("com.microsoft".into()).or_insert(1);
         }
+        packed += pack_qdq::pack_rest(m, cx, NAME)?;
         cx.count("packed ops", packed);
         Ok(if packed > 0 { Changed::Yes } else { Changed::No })
     }
@@ -73,12 +75,11 @@ fn pack(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result
     let mut operands = None;
     let mut packed = 0;
     for user in users {
-        let (op, why) = match user {
+        let (op, refused) = match user {
             Use::Operand(op, i) => (op, refuse(m, op, i, placed)),
-            Use::Result(..) => (placed.op, Some("the weight is an output of the graph".to_string())),
+            Use::Result(..) => (placed.op, true),
         };
-        if let Some(why) = why {
-            cx.left(m, op, why);
+        if refused {
             continue;
         }
         let operands = match &operands {
@@ -109,28 +110,18 @@ fn pack(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result
     Ok(packed)
 }
 
-/// Why the use of a weight as operand `i` of `op` has no packed form; `None` when it has one.
-fn refuse(m: &Module, op: Op, i: usize, placed: &Placed) -> Option<String> {
+/// Whether the use of a weight as operand `i` of `op` has no packed form.
+fn refuse(m: &Module, op: Op, i: usize, placed: &Placed) -> bool {
     let data = &m.ops[op];
-    let rank = placed.shape.len();
     let trans_b = data.attrs.int("transB").unwrap_or(0) != 0;
     let k_axis = match data.name.as_str() {
-        "onnx.MatMul" => rank.checked_sub(2),
+        "onnx.MatMul" => placed.shape.len().checked_sub(2),
         "onnx.Gemm" => Some(usize::from(trans_b)),
-        _ => return Some(format!("{} has no packed form", data.name)),
+        _ => None,
     };
-    if i != 1 {
-        return Some("the weight is not the right operand".into());
-    }
-    if k_axis != Some(placed.axis) {
-        return Some("the groups do not run along the inner dim of the product".into());
-    }
-    let x = data.operand(0).map(|v| m.ty(v));
-    match x.and_then(Type::elem) {
-        Some(Elem::F32 | Elem::F16) if x.and_then(Type::elem) == Some(placed.elem) => None,
-        Some(e) => Some(format!("the kernel multiplies f32 and f16 activations, found {e}")),
-        None => Some("the activation's type is unknown".into()),
-    }
+    let float = matches!(placed.elem, Elem::F32 | Elem::F16 | Elem::BF16);
+    let x = data.operand(0).and_then(|v| m.ty(v).elem());
+    i != 1 || k_axis != Some(placed.axis) || !float || x != Some(placed.elem)
 }
 
 /// What every packed op of one weight shares.
@@ -142,7 +133,6 @@ struct Operands {
     k: usize,
     bits: u32,
     block: usize,
-    elem: Elem,
     /// Bytes of codes, scales and zero points.
     bytes: u64,
 }
@@ -164,7 +154,7 @@ impl Operands {
             let row = (blocks * bits as usize).div_ceil(8);
             constant(Elem::U8, vec![q.n as u64, row as u64], pack_rows(&z, blocks, bits))
         });
-        warn_if_slow(cx, bits);
+        warn_of_runtime(cx, bits, placed.elem);
 
         let region = m.ops[placed.op].region;
         let half = cx.settings.f16_scales && placed.elem == Elem::F32;
@@ -191,7 +181,7 @@ impl Operands {
                 m.ops[cast].result(0).expect("a Cast has a result")
             }
         };
-        Ok(Operands { b, scales, zero_points, n: q.n, k: q.k, bits, block, elem: placed.elem, bytes })
+        Ok(Operands { b, scales, zero_points, n: q.n, k: q.k, bits, block, bytes })
     }
 }
 
@@ -212,16 +202,11 @@ impl Operands {
 
 /// Replaces one MatMul or Gemm.
 fn replace(m: &mut Module, cx: &PassCx, op: Op, w: &Operands) -> Result<(), PassError> {
-    let data = m.ops[op].clone();
-    let y = data.result(0).expect("a product has a result");
-    let ty = product_type(m, &data, w);
-    let bias = data.operand(2).filter(|_| data.is("onnx.Gemm"));
-    let fused = bias.filter(|&c| m.const_of(c).is_some() && m.ty(c) == &Type::of_shape(w.elem, &[w.n]));
-    let patch = Patch::new(op);
-    let packed = OpBuilder::new("com.microsoft.MatMulNBits", &data.loc)
-        .node(data.node.clone())
-        .operands([data.operand(0), Some(w.b), Some(w.scales)])
-        .operands(match (w.zero_points, fused) {
+    let mut gemm = Gemm::new(m, NAME, op, w.n)?;
+    gemm.fuse(m, w.n);
+    let packed = OpBuilder::new("com.microsoft.MatMulNBits", &gemm.data.loc)
+        .operands([gemm.x, w.b, w.scales])
+        .operands(match (w.zero_points, gemm.fused) {
             (None, None) => vec![],
             (z, None) => vec![z],
             (z, c) => vec![z, None, c],
@@ -230,34 +215,8 @@ fn replace(m: &mut Module, cx: &PassCx, op: Op, w: &Operands) -> Result<(), Pass
         .attr("N", w.n as i64)
         .attr("bits", i64::from(w.bits))
         .attr("block_size", w.block as i64)
-        .attr("accuracy_level", cx.settings.accuracy_level)
-        .meta(data.meta.clone())
-        .result(ty.clone());
-    let mut out = patch.op(m, packed);
-    if let Some(c) = bias.filter(|_| fused.is_none()) {
-        out = patch.op(m, OpBuilder::new("onnx.Add", &data.loc).operands([out, c]).result(ty));
-    }
-    let name = m.values[y].name.clone();
-    apply(m, NAME, patch.replace(y, out))?;
-    // The value keeps its name, so that a graph before and after can be compared by names.
-    if m.values[out].name.is_empty() {
-        m.values[y].name = "".into();
-        m.values[out].name = name;
-    }
-    Ok(())
-}
-
-/// The type of the product, from the activation where the file knew no better.
-fn product_type(m: &Module, data: &dialects::ir::OpData, w: &Operands) -> Type {
-    let known = data.result(0).map(|y| m.ty(y).clone()).unwrap_or_default();
-    let dims = data.operand(0).and_then(|x| m.ty(x).dims()).map(|d| {
-        let mut d = d.to_vec();
-        if let Some(last) = d.last_mut() {
-            *last = Dim::from(w.n);
-        }
-        d
-    });
-    known.unify(&Type::Tensor(TensorType { elem: w.elem, dims })).unwrap_or(known)
+        .attr("accuracy_level", cx.settings.accuracy_level);
+    gemm.finish(m, NAME, packed)
 }
 
 /// Codes in blocks of `block` along K: `[N, blocks, block * bits / 8]`. The bytes themselves where they fit already.
@@ -308,13 +267,14 @@ fn to_f16(scales: &ConstData, label: &str) -> Result<ConstData, PassError> {
     Ok(constant(Elem::F16, scales.dims.clone(), bytemuck::cast_slice(&halves).to_vec()))
 }
 
-fn warn_if_slow(cx: &mut PassCx, bits: u32) {
+fn warn_of_runtime(cx: &mut PassCx, bits: u32, elem: Elem) {
     if bits == 2 && cx.settings.accuracy_level != 4 {
         cx.report.warn(
             "2-bit MatMulNBits with float activations runs about 150x slower in ONNX Runtime than with int8 \
              activations; `--profile ort-cpu` asks for those",
         );
     }
+    pack_qdq::warn_of_bf16(cx, elem);
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 //!
 //! ONNX Runtime fuses the pair into its packed kernel only for a weight of shape `[K, N]` with blocks along axis 0,
 //! read by one MatMul. So that is the form written for every linear: a Gemm becomes MatMul and Add, a weight that
-//! several ops read gets a DequantizeLinear for each.
+//! several ops read gets a DequantizeLinear for each. Kernels of Conv and gates of LSTM have one scale for each row.
 
+use crate::gemm::Gemm;
 use crate::qtensor::{Placed, QTensor, constant, container, read};
-use crate::rewrite::{Patch, apply};
 use crate::{Changed, Exactness, OpSet, Pass, PassCx, PassError};
 use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Type, Use, Value};
 use rayon::prelude::*;
@@ -40,42 +40,137 @@ impl Pass for PackQdq {
     }
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
-        let found: Vec<(QTensor, Placed)> = m
-            .live_ops()
-            .into_iter()
-            .filter_map(|op| m.ops[op].result(0).and_then(|v| QTensor::of(m, v)))
-            .collect();
-        if found.is_empty() {
+        let packed = pack_rest(m, cx, NAME)?;
+        if packed == 0 {
             if cx.settings.allow_noop {
                 return Ok(Changed::No);
             }
             let why = "no quantized weights are there to pack; quantize first, as in `rtn,pack-qdq`".into();
             return Err(PassError::Nothing { pass: NAME, why });
         }
-        // 2-bit elements came with opset 25, 4-bit ones and blocks with 21.
-        let needed = if found.iter().any(|(q, _)| container(q.bits) == 2) { 25 } else { 21 };
-        crate::raise_opset::raise(m, cx, needed, NAME)?;
-        let mut packed = 0;
-        for (q, placed) in &found {
-            packed += pack(m, cx, q, placed)?;
-        }
         cx.count("packed ops", packed);
         Ok(Changed::Yes)
     }
 }
 
-/// Codes, scales and zero points of one weight, `[K, N]` with blocks along axis 0.
+/// Packs every quantized weight that is there, for `pass`. Returns how many uses they have.
+pub fn pack_rest(m: &mut Module, cx: &mut PassCx, pass: &'static str) -> Result<u64, PassError> {
+    let found: Vec<(QTensor, Placed)> = m
+        .live_ops()
+        .into_iter()
+        .filter_map(|op| m.ops[op].result(0).and_then(|v| QTensor::of(m, v)))
+        .collect();
+    let needed = found.iter().map(|(q, placed)| match () {
+        // 2-bit elements came with opset 25, 4-bit ones and blocks with 21, scales in half precision with 19.
+        () if container(q.bits) == 2 => 25,
+        () if !in_rows(m, q, placed) => 21,
+        () if q.scales.elem != Elem::F32 => 19,
+        () => 13,
+    });
+    if let Some(needed) = needed.max() {
+        crate::raise_opset::raise(m, cx, needed, pass)?;
+    }
+    let mut packed = 0;
+    for (q, placed) in &found {
+        warn_of_bf16(cx, placed.elem);
+        packed += match in_rows(m, q, placed) {
+            true => rows(m, cx, q, placed)?,
+            false => pack(m, cx, q, placed)?,
+        };
+    }
+    Ok(packed)
+}
+
+/// Says that the runtime has no kernels for weights of this type on the CPU, where that is so.
+pub fn warn_of_bf16(cx: &mut PassCx, elem: Elem) {
+    if elem == Elem::BF16 {
+        cx.report.warn(
+            "ONNX Runtime has no bf16 kernels for the CPU, for packed weights as little as for MatMul and Add: like \
+             the float model, the output runs on its other providers",
+        );
+    }
+}
+
+/// Whether a weight is written with one scale for each row: one of whole bytes and row-wide groups that no product
+/// reads. The runtime takes kernels so, and dequantizes them far faster than blocks.
+fn in_rows(m: &Module, q: &QTensor, placed: &Placed) -> bool {
+    let weight = m.ops[placed.op].result(0).expect("a dequantize has a result");
+    let product = |u: &Use| matches!(u, Use::Operand(op, 1) if fuses(m, *op, placed));
+    let whole = q.group_size == q.k && container(q.bits) == 8;
+    whole && placed.shape == [q.n, q.k] && !m.uses().of(weight).iter().any(product)
+}
+
+/// Writes a weight with one scale for each row, in the shape that its readers reshape it to where that keeps its rows.
+fn rows(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result<u64, PassError> {
+    let weight = m.ops[placed.op].result(0).expect("a dequantize has a result");
+    let users: Vec<Use> = m.uses().of(weight).to_vec();
+    // All readers share one Reshape, which goes where the constant can have its shape.
+    let reshape = match users[..] {
+        [Use::Operand(op, 0)] if m.ops[op].is("onnx.Reshape") => m.ops[op].result(0),
+        _ => None,
+    };
+    let shape = reshape.and_then(|v| m.ty(v).as_tensor()?.known_shape());
+    let (to, shape, axis) = match (reshape, shape) {
+        (Some(v), Some(s)) if s.first() == Some(&q.n) => (v, s, 0),
+        (Some(v), Some(s)) if s.first() == Some(&1) && s.get(1) == Some(&q.n) => (v, s, 1),
+        _ => (weight, placed.shape.clone(), 0),
+    };
+    let dims: Vec<u64> = shape.iter().map(|&d| d as u64).collect();
+    let parts = |source: &ConstData, dims| {
+        ConstData::new(source.elem, dims, source.source.clone()).map_err(|e| PassError::Env(e.to_string()))
+    };
+    let per_row = vec![q.n as u64];
+    let (codes, zero_points) = match &q.zero_points {
+        Some(z) => (parts(&q.codes, dims)?, Some(parts(z, per_row.clone())?)),
+        // Codes about their middle are signed integers, which need no zero point.
+        None => {
+            let signed: Vec<u8> = read(&q.codes)?.iter().map(|&c| c.wrapping_sub(q.middle())).collect();
+            (constant(Elem::I8, dims, signed), None)
+        }
+    };
+    let consts = [Some(codes), Some(parts(&q.scales, per_row)?), zero_points];
+    let bytes = consts.iter().flatten().map(ConstData::byte_len).sum();
+    let region = m.ops[placed.op].region;
+    let operands = consts.into_iter().zip(["codes", "scales", "zero_points"]).filter_map(|(c, part)| {
+        let name = m.fresh_name(&format!("{}.q{}.{part}", placed.label, q.bits));
+        Some(m.add_const(region, name, c?))
+    });
+    let operands: Vec<Value> = operands.collect();
+    let loc = m.ops[placed.op].loc.clone();
+    let op = OpBuilder::new("onnx.DequantizeLinear", &loc).operands(operands).attr("axis", axis);
+    let op = m.insert_before(placed.op, op.result(Type::of_shape(placed.elem, &shape)));
+    let new = m.ops[op].result(0).expect("the op was built with a result");
+    m.replace_uses(to, new);
+    if to != weight {
+        m.erase(m.def_op(to).expect("it is the result of a Reshape").0);
+    }
+    m.erase(placed.op);
+    for w in cx.report.weights.iter_mut().filter(|w| w.weight == placed.label) {
+        w.bytes_after = bytes;
+    }
+    cx.report.note(
+        "weights that are no operand of a product are written as DequantizeLinear, which ONNX Runtime runs before \
+         every use; with the session option session.disable_quant_qdq=1 it does so once, when it loads the model",
+    );
+    Ok(users.len() as u64)
+}
+
+/// Codes, scales and zero points of one weight, `[K, N]` with blocks along axis 0; `[1, K, N]` when guarded.
 struct Columns {
     operands: [Value; 3],
     block: usize,
     bytes: u64,
+    /// Whether a Squeeze keeps the runtime from fusing the weight with an activation that is dequantized too: of blocks
+    /// of 8-bit codes it makes an integer product that then fails.
+    guarded: bool,
 }
 
 /// Packs every use of one quantized weight. Returns how many.
 fn pack(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result<u64, PassError> {
     let weight = m.ops[placed.op].result(0).expect("a dequantize has a result");
-    let columns = Columns::new(m, q, placed)?;
     let users: Vec<Use> = m.uses().of(weight).to_vec();
+    let guarded = container(q.bits) == 8 && users.iter().any(|u| multiplies_codes(m, *u));
+    let columns = Columns::new(m, q, placed, guarded)?;
     for (i, user) in users.iter().enumerate() {
         match *user {
             Use::Operand(op, 1) if fuses(m, op, placed) => linear(m, op, q, placed, &columns)?,
@@ -101,19 +196,26 @@ fn pack(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result
     Ok(users.len() as u64)
 }
 
+/// Whether a use is a product with an activation that comes from codes.
+fn multiplies_codes(m: &Module, user: Use) -> bool {
+    let Use::Operand(op, 1) = user else { return false };
+    let x = m.ops[op].operand(0).and_then(|x| m.def_op(x));
+    x.is_some_and(|(x, _)| m.ops[x].is("onnx.DequantizeLinear"))
+}
+
 /// Whether `op`, which reads the weight as its right operand, is a plain product along the groups.
 fn fuses(m: &Module, op: Op, placed: &Placed) -> bool {
     let data = &m.ops[op];
     let trans_b = usize::from(data.attrs.int("transB").unwrap_or(0) != 0);
     match data.name.as_str() {
         "onnx.MatMul" => placed.axis + 2 == placed.shape.len(),
-        "onnx.Gemm" => placed.axis == trans_b && data.attrs.int("transA").unwrap_or(0) == 0,
+        "onnx.Gemm" => placed.axis == trans_b,
         _ => false,
     }
 }
 
 impl Columns {
-    fn new(m: &mut Module, q: &QTensor, placed: &Placed) -> Result<Columns, PassError> {
+    fn new(m: &mut Module, q: &QTensor, placed: &Placed, guarded: bool) -> Result<Columns, PassError> {
         let bits = container(q.bits);
         let elem = match bits {
             2 => Elem::U2,
@@ -125,9 +227,10 @@ impl Columns {
         let size = q.scales.elem.bits() / 8;
         let scales = transpose(&q.spread(read(&q.scales)?, block, size)?, blocks, size);
         let zero_points = transpose(&q.spread(q.zero_point_bytes()?, block, 1)?, blocks, 1);
-        let per_block = vec![blocks as u64, q.n as u64];
+        let dims = |rows: usize| [1, rows as u64, q.n as u64][usize::from(!guarded)..].to_vec();
+        let per_block = dims(blocks);
         let consts = [
-            constant(elem, vec![q.k as u64, q.n as u64], codes(q, bits)?),
+            constant(elem, dims(q.k), codes(q, bits)?),
             constant(q.scales.elem, per_block.clone(), scales),
             constant(elem, per_block, flat(&zero_points, bits)),
         ];
@@ -139,42 +242,39 @@ impl Columns {
             m.add_const(region, name, c)
         });
         let operands = [(); 3].map(|()| operands.next().expect("three constants were made"));
-        Ok(Columns { operands, block, bytes })
+        Ok(Columns { operands, block, bytes, guarded })
     }
 
-    /// A DequantizeLinear of the weight as `[K, N]`.
-    fn op(&self, loc: &dialects::ir::Symbol, q: &QTensor, elem: Elem) -> OpBuilder {
-        OpBuilder::new("onnx.DequantizeLinear", loc)
+    /// Puts the weight as `[K, N]` before `at`.
+    fn insert(&self, m: &mut Module, at: Op, q: &QTensor, elem: Elem) -> Value {
+        let loc = m.ops[at].loc.clone();
+        let dims = [1, q.k, q.n];
+        let dequantize = OpBuilder::new("onnx.DequantizeLinear", &loc)
             .operands(self.operands)
-            .attr("axis", 0)
+            .attr("axis", i64::from(self.guarded))
             .attr("block_size", self.block as i64)
-            .result(Type::of_shape(elem, &[q.k, q.n]))
+            .result(Type::of_shape(elem, &dims[usize::from(!self.guarded)..]));
+        let mut op = m.insert_before(at, dequantize);
+        if self.guarded {
+            let axes = constant(Elem::I64, vec![1], 0i64.to_le_bytes().to_vec());
+            let axes = m.add_const(m.ops[at].region, m.fresh_name("axes"), axes);
+            let squeeze = OpBuilder::new("onnx.Squeeze", &loc).operands([m.ops[op].result(0), Some(axes)]);
+            op = m.insert_before(at, squeeze.result(Type::of_shape(elem, &[q.k, q.n])));
+        }
+        m.ops[op].result(0).expect("the op was built with a result")
     }
 }
 
 /// Rewrites one MatMul or Gemm.
 fn linear(m: &mut Module, op: Op, q: &QTensor, placed: &Placed, w: &Columns) -> Result<(), PassError> {
-    let data = m.ops[op].clone();
-    let patch = Patch::new(op);
-    let weight = patch.op(m, w.op(&data.loc, q, placed.elem));
-    if data.is("onnx.MatMul") {
+    let weight = w.insert(m, op, q, placed.elem);
+    if m.ops[op].is("onnx.MatMul") {
         m.ops[op].operands[1] = Some(weight);
         return Ok(());
     }
-    let y = data.result(0).expect("a Gemm has a result");
-    let (name, ty) = (m.values[y].name.clone(), m.ty(y).clone());
-    let x = data.operand(0);
-    let product = OpBuilder::new("onnx.MatMul", &data.loc).node(data.node.clone());
-    let mut out = patch.op(m, product.operands([x, Some(weight)]).meta(data.meta.clone()).result(ty.clone()));
-    if let Some(c) = data.operand(2) {
-        out = patch.op(m, OpBuilder::new("onnx.Add", &data.loc).operands([out, c]).result(ty));
-    }
-    apply(m, NAME, patch.replace(y, out))?;
-    if m.values[out].name.is_empty() {
-        m.values[y].name = "".into();
-        m.values[out].name = name;
-    }
-    Ok(())
+    let gemm = Gemm::new(m, NAME, op, q.n)?;
+    let product = OpBuilder::new("onnx.MatMul", &gemm.data.loc).operands([gemm.x, weight]);
+    gemm.finish(m, NAME, product)
 }
 
 /// Gives a use that is no product the weight in its own shape: DequantizeLinear, Transpose and Reshape as needed.
@@ -184,7 +284,7 @@ fn plain(m: &mut Module, user: Use, q: &QTensor, placed: &Placed, w: &Columns) {
         let op = m.insert_before(placed.op, b);
         m.ops[op].result(0).expect("the op was built with a result")
     };
-    let mut v = insert(m, w.op(&loc, q, placed.elem));
+    let mut v = w.insert(m, placed.op, q, placed.elem);
     let rows = placed.shape[..placed.axis].iter().product::<usize>() == q.n && q.n > 1;
     let flat = if rows { [q.n, q.k] } else { [q.k, q.n] };
     if rows {

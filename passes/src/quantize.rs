@@ -4,11 +4,11 @@
 //! `quant.dequantize` in its place. The float weight stays for whoever else uses it.
 
 use crate::grid::{self, Float, GridError, Layout, Matrix, Parts, Quantizer, Spec, Stats};
-use crate::linear::{Linear, Weighted, find};
-use crate::qtensor::{QTensor, read};
-use crate::{Filter, PassCx, PassError, WeightReport};
-use dialects::ir::{ConstData, Elem, Module, Value};
-use half::f16;
+use crate::linear::{Form, KERNEL_HINT, Linear, Weighted, find, kept};
+use crate::qtensor::{QTensor, constant, container, read};
+use crate::{Changed, Filter, PassCx, PassError, Settings, WeightReport, computed, dce};
+use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Region, Type, Value};
+use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
 /// The grid that a pass is asked for. Part of the options of every pass that quantizes weights (`#[serde(flatten)]` it).
@@ -45,14 +45,28 @@ impl GridOptions {
         Ok(())
     }
 
-    /// The grid of a weight with `k` inputs.
-    pub fn spec(&self, k: usize, f16_scales: bool) -> Spec {
+    /// The grid of a weight with `k` inputs, whose scales are of the type `scales`.
+    pub fn spec(&self, k: usize, scales: Float) -> Spec {
         let group_size = usize::try_from(self.group).unwrap_or(k);
-        Spec { bits: self.bits, group_size, symmetric: self.symmetric, f16_scales }
+        Spec { bits: self.bits, group_size, symmetric: self.symmetric, scales }
+    }
+
+    /// Whether kernels are quantized: no runtime computes with fewer bits of them.
+    pub fn kernels(&self) -> bool {
+        container(self.bits) == 8
     }
 }
 
-/// The ops that multiply by one weight in one way, in program order, all in one region.
+/// The type that scales of a weight are rounded to, which is read as `elem`.
+pub fn scale_type(elem: Elem, settings: &Settings) -> Float {
+    match float(elem) {
+        Some(half @ (Float::F16 | Float::BF16)) => half,
+        _ if settings.f16_scales => Float::F16,
+        _ => Float::F32,
+    }
+}
+
+/// The ops that multiply by one weight in one way, in program order.
 #[derive(Clone, Debug)]
 pub struct Shared {
     /// At least one.
@@ -71,12 +85,65 @@ impl Shared {
     }
 }
 
-/// The weights that a pass is to quantize. What it is not to touch, and what cannot be quantized, is reported as left.
-pub fn candidates(m: &Module, cx: &mut PassCx, filter: &Filter) -> Vec<Shared> {
+/// Runs `quantize` on the weights that a pass is to quantize, those of kernels when it can, and clears up after it. A
+/// weight that was an input of the graph too is none any more. Without any weight the pass fails, unless that is allowed.
+pub fn each(
+    m: &mut Module,
+    cx: &mut PassCx,
+    pass: &'static str,
+    filter: &Filter,
+    kernels: bool,
+    quantize: impl FnOnce(&mut Module, &mut PassCx, Vec<Shared>) -> Result<(), PassError>,
+) -> Result<Changed, PassError> {
+    let forms = [Form::Rows, Form::Columns, Form::Kernel];
+    computed::fold(m, cx, filter, if kernels { &forms } else { &forms[..2] });
+    let weights = candidates(m, cx, filter, kernels);
+    if weights.is_empty() {
+        if cx.settings.allow_noop {
+            return Ok(Changed::No);
+        }
+        let mut why = "no MatMul or Gemm with a constant float weight is left to quantize".to_string();
+        if let n @ 1.. = kept(m) {
+            let weights = if n == 1 { "weight is" } else { "weights are" };
+            why.push_str(&format!(" ({n} {weights} quantized already)"));
+        }
+        return Err(PassError::Nothing { pass, why });
+    }
+    let uses = m.uses();
+    let mut inputs = m.regions[m.top].args.clone();
+    inputs.retain(|&v| m.const_of(v).is_some() && !uses.of(v).is_empty());
+    let first = cx.report.weights.len();
+    quantize(m, cx, weights)?;
+    cx.count("quantized weights", (cx.report.weights.len() - first) as u64);
+    dce::sweep(m);
+    let uses = m.uses();
+    inputs.retain(|&v| uses.of(v).is_empty());
+    if !inputs.is_empty() {
+        let top = m.top;
+        m.regions[top].args.retain(|v| !inputs.contains(v));
+        m.regions[top].consts.retain(|v| !inputs.contains(v));
+        let n = inputs.len();
+        cx.report.note(format!(
+            "{n} weights that could be given as inputs are inputs no more: they are quantized"
+        ));
+    }
+    Ok(Changed::Yes)
+}
+
+/// The weights that a pass can quantize, those of kernels when it says so. What it is not to touch, and what cannot be
+/// quantized, is reported as left.
+pub fn candidates(m: &Module, cx: &mut PassCx, filter: &Filter, kernels: bool) -> Vec<Shared> {
     let mut out: Vec<Shared> = Vec::new();
     for weighted in find(m) {
         let l = match weighted {
             Weighted::Linear(l) => l,
+            Weighted::Kernel(l) if kernels => l,
+            Weighted::Kernel(l) => {
+                let op = m.ops[l.op].name.op().to_string();
+                cx.left(m, l.op, format!("{op} {KERNEL_HINT}"));
+                continue;
+            }
+            Weighted::Kept { .. } => continue,
             Weighted::Other { op, why, .. } => {
                 cx.left(m, op, why);
                 continue;
@@ -92,7 +159,7 @@ pub fn candidates(m: &Module, cx: &mut PassCx, filter: &Filter) -> Vec<Shared> {
             cx.left(m, l.op, format!("weights of {} are not quantized", l.elem));
             continue;
         }
-        let key = |l: &Linear| (l.konst, l.rows_are_outputs, l.operand_is_nk, m.ops[l.op].region);
+        let key = |l: &Linear| (l.konst, l.rows_are_outputs, l.operand_is_nk, l.n, l.form == Form::Kernel);
         let same = |s: &&mut Shared| key(s.first()) == key(&l) && m.ty(s.first().operand) == m.ty(l.operand);
         match out.iter_mut().find(same) {
             Some(shared) => shared.uses.push(l),
@@ -147,8 +214,7 @@ pub fn quantize_matrix<Q: Quantizer>(
     let label = shared.label(m);
     let l = shared.first();
     let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
-    let half = elem == Elem::F16;
-    let spec = options.spec(w.k, half || cx.settings.f16_scales);
+    let spec = options.spec(w.k, scale_type(elem, cx.settings));
     let too_large = || PassError::At { pass, what: label.clone(), why: "it is too large".into() };
     let (code_bytes, groups) = spec.lens(w.n, w.k).ok_or_else(too_large)?;
     let (code_dims, scale_dims) = QTensor::shapes(w.n, w.k, spec.bits, spec.group_size);
@@ -164,13 +230,18 @@ pub fn quantize_matrix<Q: Quantizer>(
         why: e.to_string(),
     })?;
 
-    let scale_elem = if half { Elem::F16 } else { Elem::F32 };
+    // Scales of a model in half precision are of its type; those of another are narrowed when they are packed.
+    let scale_elem = if matches!(elem, Elem::F16 | Elem::BF16) { elem } else { Elem::F32 };
     let mut stored = cx.env.scratch(groups * scale_elem.bits() / 8)?;
-    match half {
-        false => stored.bytes().copy_from_slice(bytemuck::cast_slice(&scales)),
-        true => {
+    let narrow: fn(f32) -> [u8; 2] = match scale_elem {
+        Elem::F16 => |s| f16::from_f32(s).to_le_bytes(),
+        _ => |s| bf16::from_f32(s).to_le_bytes(),
+    };
+    match scale_elem {
+        Elem::F32 => stored.bytes().copy_from_slice(bytemuck::cast_slice(&scales)),
+        _ => {
             for (b, &s) in stored.bytes().chunks_exact_mut(2).zip(&scales) {
-                b.copy_from_slice(&f16::from_f32(s).to_le_bytes());
+                b.copy_from_slice(&narrow(s));
             }
         }
     }
@@ -231,9 +302,10 @@ pub fn dequantize(q: &QTensor) -> Result<Vec<f32>, PassError> {
     let scales = read(&q.scales)?;
     let scales: Vec<f32> = match q.scales.elem {
         Elem::F16 => scales.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        Elem::BF16 => scales.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
         _ => bytemuck::pod_collect_to_vec(&scales),
     };
-    let spec = Spec { bits: q.bits, group_size: q.group_size, symmetric: false, f16_scales: false };
+    let spec = Spec { bits: q.bits, group_size: q.group_size, symmetric: false, scales: Float::F32 };
     let mut out = vec![0.0; q.n * q.k];
     grid::pack::dequantize(&spec, q.n, q.k, &read(&q.codes)?, &scales, &q.zero_point_bytes()?, &mut out)
         .map_err(|e| PassError::Env(e.to_string()))?;
@@ -250,21 +322,48 @@ fn place(
     elem: Elem,
 ) -> Result<Value, PassError> {
     let l = shared.first();
-    let shape = m.ty(l.operand).as_tensor().and_then(|t| t.known_shape());
-    let shape = shape.unwrap_or_else(|| match l.operand_is_nk {
-        true => vec![l.n, l.k],
-        false => vec![l.k, l.n],
-    });
+    let flat = if l.operand_is_nk { [l.n, l.k] } else { [l.k, l.n] };
+    let operand = m.ty(l.operand).as_tensor().and_then(|t| t.known_shape()).unwrap_or_else(|| flat.to_vec());
+    let shape = if l.form == Form::Kernel { flat.to_vec() } else { operand.clone() };
     let axis = shape.len() - if l.operand_is_nk { 1 } else { 2 };
     if shape.get(axis) != Some(&l.k) {
         let why = format!("this is a bug: a weight of {} inputs with the shape {shape:?}", l.k);
         return Err(PassError::At { pass, what: label.into(), why });
     }
-    let value = q.insert(m, l.op, label, &shape, axis, elem);
+    let at = before_all(m, &shared.uses);
+    let value = q.insert(m, at, label, &shape, axis, elem);
+    let mut weight = value;
+    if shape != operand {
+        let dims: Vec<i64> = operand.iter().map(|&d| d as i64).collect();
+        let dims = constant(Elem::I64, vec![dims.len() as u64], bytemuck::cast_slice(&dims).to_vec());
+        let dims = m.add_const(m.ops[at].region, m.fresh_name(&format!("{label}.shape")), dims);
+        let loc = m.ops[at].loc.clone();
+        let reshape = OpBuilder::new("onnx.Reshape", &loc).operands([value, dims]);
+        let reshape = m.insert_before(at, reshape.result(Type::of_shape(elem, &operand)));
+        weight = m.ops[reshape].result(0).expect("a Reshape has a result");
+    }
     for l in &shared.uses {
-        m.ops[l.op].operands[l.operand_index] = Some(value);
+        m.ops[l.op].operands[l.operand_index] = Some(weight);
     }
     Ok(value)
+}
+
+/// The op before which a value must stand that all of these read, in whatever nested graphs they are.
+fn before_all(m: &Module, uses: &[Linear]) -> Op {
+    // An op with the ops that hold its region, the outermost last.
+    let path = |l: &Linear| -> Vec<Op> {
+        std::iter::successors(Some(l.op), |&op| m.regions[m.ops[op].region].parent).collect()
+    };
+    let region = |op: &Op| m.ops[*op].region;
+    let first = path(&uses[0]);
+    let others: Vec<Vec<Op>> = uses[1..].iter().map(path).collect();
+    let shared = |r: Region| others.iter().all(|p| p.iter().any(|op| m.ops[*op].region == r));
+    let common = first.iter().map(region).find(|&r| shared(r)).unwrap_or_else(|| region(&uses[0].op));
+    let holders = std::iter::once(&first).chain(&others);
+    let holders: Vec<Op> =
+        holders.filter_map(|p| p.iter().copied().find(|op| region(op) == common)).collect();
+    let ops = &m.regions[common].ops;
+    ops.iter().copied().find(|op| holders.contains(op)).unwrap_or(uses[0].op)
 }
 
 fn float(elem: Elem) -> Option<Float> {

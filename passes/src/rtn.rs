@@ -1,9 +1,11 @@
 //! `rtn`: every weight to the nearest point of a grid that spans its group, without data.
 //!
-//! The grid is the one of ONNX Runtime's own quantizer (see [`crate::grid`]), so that the two agree bit for bit.
+//! The grid is the one of ONNX Runtime's own quantizer (see [`crate::grid`]), so that the two agree bit for bit. With 8
+//! bits the kernels of Conv and the gates of LSTM, GRU and RNN are quantized too, one scale for each of their rows.
 
 use crate::grid;
-use crate::quantize::{GridOptions, Notes, candidates, quantize};
+use crate::linear::Form;
+use crate::quantize::{GridOptions, Notes, Shared, each, quantize};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::Module;
 use serde::{Deserialize, Serialize};
@@ -36,7 +38,15 @@ impl Pass for Rtn {
     }
 
     fn consumes(&self) -> OpSet {
-        OpSet::from(["onnx.MatMul", "onnx.Gemm"])
+        OpSet::from([
+            "onnx.MatMul",
+            "onnx.Gemm",
+            "onnx.Conv",
+            "onnx.ConvTranspose",
+            "onnx.LSTM",
+            "onnx.GRU",
+            "onnx.RNN",
+        ])
     }
 
     fn produces(&self) -> OpSet {
@@ -45,24 +55,24 @@ impl Pass for Rtn {
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
         self.grid.check(NAME)?;
-        let weights = candidates(m, cx, &self.filter);
-        if weights.is_empty() {
-            if cx.settings.allow_noop {
-                return Ok(Changed::No);
-            }
-            let why = "no MatMul or Gemm with a constant float weight is left to quantize".into();
-            return Err(PassError::Nothing { pass: NAME, why });
-        }
-        let total = weights.iter().map(|w| (w.first().n * w.first().k) as u64).sum();
-        let progress = cx.env.progress(NAME, total);
-        for shared in &weights {
+        each(m, cx, NAME, &self.filter, self.grid.kernels(), |m, cx, weights| self.quantize(m, cx, &weights))
+    }
+}
+
+impl Rtn {
+    fn quantize(&self, m: &mut Module, cx: &mut PassCx, weights: &[Shared]) -> Result<(), PassError> {
+        let size = |w: &Shared| (w.first().n * w.first().k) as u64;
+        let progress = cx.env.progress(NAME, weights.iter().map(size).sum());
+        for shared in weights {
             let notes = Notes { method: NAME.into(), ..Notes::default() };
-            quantize(m, cx, NAME, shared, &self.grid, &grid::Rtn, notes)?;
-            if !progress.advance((shared.first().n * shared.first().k) as u64) {
+            // The runtime takes one scale for each channel of a kernel.
+            let row = GridOptions { group: -1, ..self.grid.clone() };
+            let grid = if shared.first().form == Form::Kernel { &row } else { &self.grid };
+            quantize(m, cx, NAME, shared, grid, &grid::Rtn, notes)?;
+            if !progress.advance(size(shared)) {
                 return Err(PassError::Env("interrupted".into()));
             }
         }
-        cx.count("quantized weights", weights.len() as u64);
-        Ok(Changed::Yes)
+        Ok(())
     }
 }

@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::model::{self, Loaded};
 use crate::report::paint::{Painter, Table, bytes};
 use dialects::ir::{Module, Value};
-use passes::linear::{Weighted, find};
+use passes::linear::{KERNEL_HINT, Weighted, find, size};
 use serde::Serialize;
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
@@ -135,15 +135,20 @@ fn constants(m: &Module) -> BTreeMap<String, Constants> {
 fn weight(m: &Module, w: Weighted) -> Option<Weight> {
     let (op, value, k_n, why_not) = match w {
         Weighted::Linear(l) => (l.op, l.weight, Some([l.k, l.n]), None),
-        Weighted::Other { op, weight, why } => (op, weight, None, Some(why)),
+        Weighted::Kernel(l) => {
+            let op = m.ops[l.op].name.op();
+            (l.op, l.weight, None, Some(format!("{op} {KERNEL_HINT}")))
+        }
+        Weighted::Other { op, weight, why, .. } => (op, weight, None, Some(why)),
+        Weighted::Kept { .. } => return None,
     };
-    let c = &m.consts[m.const_of(value)?];
+    let (shape, bytes) = size(m, value);
     let data = &m.ops[op];
     Some(Weight {
         weight: m.value_label(value),
-        shape: c.dims.clone(),
-        elem: c.elem.to_string(),
-        bytes: c.byte_len(),
+        shape,
+        elem: m.ty(value).elem().map_or("?".into(), |e| e.to_string()),
+        bytes,
         op: data.name.to_string(),
         node: data.loc.to_string(),
         k_n,

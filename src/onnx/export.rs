@@ -2,7 +2,7 @@
 //!
 //! Each message is put together from its own small fields and the ropes of those inside it (see [`super::rope`]).
 //! Output over 1 GiB, or when asked, puts its larger tensors in one sidecar file beside the model. Files
-//! appear whole or not at all.
+//! appear whole or not at all. Nothing stands beside an output that is no plain file: there all is in one.
 
 use super::attributes;
 use super::external::{SIDECAR_MIN, Sidecar};
@@ -65,6 +65,11 @@ pub enum ExportError {
     /// The model without its sidecar is still too large.
     #[error("the model takes {0} bytes without its large tensors, and Protocol Buffers hold {MESSAGE_MAX}")]
     TooLarge(u64),
+    /// The model is too large for one file, and there is no place for a second one.
+    #[error(
+        "the model takes {0} bytes, Protocol Buffers hold {MESSAGE_MAX}, and no second file fits beside {1}"
+    )]
+    NoSidecar(u64, PathBuf),
 }
 
 /// How to write.
@@ -89,14 +94,19 @@ pub fn write(
 ) -> Result<Written, ExportError> {
     files::refuse_overwrite(path, &options.inputs)?;
     let mut writer = Writer::new(m, None)?;
-    let mut rope = if options.external_data { Rope::default() } else { writer.model()? };
-    if options.external_data || rope.len() > SIDECAR_FROM {
+    let plain = std::fs::metadata(path).map_or(true, |m| m.is_file());
+    let external = options.external_data && plain;
+    let mut rope = if external { Rope::default() } else { writer.model()? };
+    if external || plain && rope.len() > SIDECAR_FROM {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         writer.sidecar = Some(Sidecar::new(format!("{name}.data")));
         rope = writer.model()?;
     }
     if rope.len() > MESSAGE_MAX {
-        return Err(ExportError::TooLarge(rope.len()));
+        return Err(match plain {
+            true => ExportError::TooLarge(rope.len()),
+            false => ExportError::NoSidecar(rope.len(), path.to_owned()),
+        });
     }
     let sidecar = writer.sidecar.filter(|s| s.len > 0);
     let total = rope.len() + sidecar.as_ref().map_or(0, |s| s.len);

@@ -8,7 +8,7 @@ use paint::Painter;
 use crate::driver::Ran;
 use crate::pipeline::Pipeline;
 use dialects::ir::Module;
-use passes::linear::{Weighted, find};
+use passes::linear::{KERNEL_HINT, Weighted, find, size};
 use passes::{Report, WeightReport};
 use serde::Serialize;
 
@@ -96,10 +96,12 @@ pub fn float(m: &Module, pipeline: &Pipeline, report: &Report) -> Vec<Float> {
     let row = |w: Weighted| {
         let (op, weight, reason) = match w {
             Weighted::Linear(l) => (l.op, l.weight, "no pass of the pipeline quantizes it".to_string()),
-            Weighted::Other { op, weight, why } => (op, weight, why),
+            Weighted::Kernel(l) => (l.op, l.weight, format!("{} {KERNEL_HINT}", m.ops[l.op].name.op())),
+            Weighted::Other { op, weight, why, .. } => (op, weight, why),
+            Weighted::Kept { .. } => return None,
         };
         let data = &m.ops[op];
-        let konst = &m.consts[m.const_of(weight)?];
+        let (shape, bytes) = size(m, weight);
         let name = m.value_label(weight);
         let said = report.left.iter().find(|l| l.node == data.loc && l.op == data.name.as_str());
         let asked = filters.iter().find_map(|f| f.refuses(&[&data.loc, &name], &data.name));
@@ -107,8 +109,8 @@ pub fn float(m: &Module, pipeline: &Pipeline, report: &Report) -> Vec<Float> {
             node: data.loc.to_string(),
             op: data.name.to_string(),
             weight: name,
-            shape: konst.dims.clone(),
-            bytes: konst.byte_len(),
+            shape,
+            bytes,
             asked: asked.is_some(),
             why: asked.or(said.map(|l| l.why.clone())).unwrap_or(reason),
         })

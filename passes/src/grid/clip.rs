@@ -439,7 +439,7 @@ mod tests {
     }
 
     fn spec(bits: u32, group_size: usize, symmetric: bool) -> Spec {
-        Spec { bits, group_size, symmetric, f16_scales: false }
+        Spec { bits, group_size, symmetric, scales: Float::F32 }
     }
 
     proptest! {

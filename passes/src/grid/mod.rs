@@ -18,7 +18,7 @@ pub use clip::Clip;
 pub use rtn::{Range, Rtn, encode, fake_quantize};
 
 use crate::qtensor::container;
-use half::f16;
+use half::{bf16, f16};
 use rayon::prelude::*;
 use thiserror::Error;
 
@@ -61,8 +61,8 @@ pub struct Spec {
     pub group_size: usize,
     /// Zero point fixed at `2^(bits-1)`.
     pub symmetric: bool,
-    /// Scales are rounded to f16 (and codes chosen with the rounded scale).
-    pub f16_scales: bool,
+    /// The type that scales are rounded to; codes are chosen with the rounded scale.
+    pub scales: Float,
 }
 
 impl Spec {
@@ -110,9 +110,10 @@ impl Spec {
 
     /// The scale as it will be stored.
     fn stored(&self, scale: f32) -> f32 {
-        match self.f16_scales {
-            true => f16::from_f32(scale).clamp(f16::MIN, f16::MAX).to_f32(),
-            false => scale,
+        match self.scales {
+            Float::F32 => scale,
+            Float::F16 => f16::from_f32(scale).clamp(f16::MIN, f16::MAX).to_f32(),
+            Float::BF16 => bf16::from_f32(scale).clamp(bf16::MIN, bf16::MAX).to_f32(),
         }
     }
 }

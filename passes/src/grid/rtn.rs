@@ -5,7 +5,7 @@
 //! `round(w * (1 / scale) + zero)`, halves away from zero. A group of one repeated value is placed so that the value is exact,
 //! which the runtime's quantizer misses by a rounding.
 
-use super::{At, Block, BlockOut, LANES, Quantizer, Spec, Stats};
+use super::{At, Block, BlockOut, Float, LANES, Quantizer, Spec, Stats};
 use multiversion::multiversion;
 
 /// Round to nearest.
@@ -46,7 +46,7 @@ impl Range {
             true => symmetric(self, zero[0]),
             false => asymmetric_scale(self, spec.max_code() as f32),
         };
-        if spec.f16_scales {
+        if spec.scales != Float::F32 {
             scale = scale.map(|s| spec.stored(s));
         }
         match spec.symmetric {
@@ -88,7 +88,7 @@ fn asymmetric_zero(range: &Range, scale: &[f32; LANES], steps: f32) -> [f32; LAN
     for ((zero, &scale), (&min, &max)) in zero.iter_mut().zip(scale).zip(ends) {
         let low = if min < 0.0 { min } else { 0.0 };
         let z = (0.0 - low / scale) + HALF;
-        // A scale of zero, or one rounded down to f16, may take this out of the codes.
+        // A scale of zero, or one rounded down to half precision, may take this out of the codes.
         let z = if z > 0.0 { z.floor() } else { 0.0 };
         let z = if z < steps { z } else { steps };
         let z = if scale == 0.0 { 0.0 } else { z };

@@ -47,7 +47,7 @@ fn nk(bytes: &[u8], n: usize, k: usize) -> Matrix<'_> {
 }
 
 fn spec(bits: u32, group_size: usize, symmetric: bool) -> Spec {
-    Spec { bits, group_size, symmetric, f16_scales: false }
+    Spec { bits, group_size, symmetric, scales: Float::F32 }
 }
 
 fn hex(json: &Json, field: &str) -> Vec<u8> {
@@ -153,7 +153,7 @@ fn extreme_ranges_stay_finite() {
     assert!(q.floats(&s, 1, 4).iter().all(|x| x.is_finite()));
     // f16 cannot hold this step; the largest one that it holds is taken.
     let w = bytes(&[1e9, 0.0]);
-    let q = run(&nk(&w, 1, 2), &Spec { f16_scales: true, ..s }).unwrap();
+    let q = run(&nk(&w, 1, 2), &Spec { scales: Float::F16, ..s }).unwrap();
     assert_eq!(q.scales[0], 65504.0);
 }
 
@@ -161,8 +161,10 @@ fn extreme_ranges_stay_finite() {
 fn codes_fit_the_scale_as_stored() {
     let values = [0.0, 15.0 * 1.0003, 7.4 * 1.0003];
     let w = bytes(&values);
-    let q = run(&nk(&w, 1, 3), &Spec { f16_scales: true, ..spec(4, 16, false) }).unwrap();
+    let q = run(&nk(&w, 1, 3), &Spec { scales: Float::F16, ..spec(4, 16, false) }).unwrap();
     assert_eq!(q.scales[0], f16::from_f32(1.0003).to_f32());
+    let q = run(&nk(&w, 1, 3), &Spec { scales: Float::BF16, ..spec(4, 16, false) }).unwrap();
+    assert_eq!(q.scales[0], 1.0);
 }
 
 #[test]
