@@ -215,7 +215,9 @@ fn nothing_panics_on_a_broken_model() {
     for (what, case) in all {
         by_place.entry(what).or_default().push(case);
     }
-    let listed: Vec<String> =
-        by_place.iter().map(|(what, cases)| format!("{} times: {what} ({})", cases.len(), cases[0])).collect();
+    let listed: Vec<String> = by_place
+        .iter()
+        .map(|(what, cases)| format!("{} times: {what} ({})", cases.len(), cases[0]))
+        .collect();
     assert!(listed.is_empty(), "{} panics:\n{}", listed.len(), listed.join("\n"));
 }

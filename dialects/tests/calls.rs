@@ -92,7 +92,7 @@ fn operands_and_results_may_be_left_out() {
     );
     assert_eq!(types(&mut m), ["tensor<3xf32>"; 2]);
     let x = floats(&[3], &[-1.0, 0.0, 2.0]);
-    assert_eq!(run(&m, &[x.clone()]).unwrap(), [x, floats(&[3], &[1.0, 0.0, 2.0])]);
+    assert_eq!(run(&m, std::slice::from_ref(&x)).unwrap(), [x, floats(&[3], &[1.0, 0.0, 2.0])]);
 }
 
 #[test]

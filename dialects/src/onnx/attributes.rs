@@ -10,8 +10,10 @@ use std::sync::OnceLock;
 type Attribute = (&'static str, &'static str, bool);
 
 /// For each op, since which version its attributes are these, newest first.
-fn table() -> &'static HashMap<&'static str, Vec<(i64, Vec<Attribute>)>> {
-    static TABLE: OnceLock<HashMap<&'static str, Vec<(i64, Vec<Attribute>)>>> = OnceLock::new();
+type Table = HashMap<&'static str, Vec<(i64, Vec<Attribute>)>>;
+
+fn table() -> &'static Table {
+    static TABLE: OnceLock<Table> = OnceLock::new();
     TABLE.get_or_init(|| {
         let mut table: HashMap<_, Vec<_>> = HashMap::new();
         for line in include_str!("attributes.txt").lines().filter(|l| !l.starts_with('#')) {

@@ -16,7 +16,6 @@ pub const OPS: &[OpDef] = &[OpDef {
     infer,
     verify: |cx| activated(cx.attrs.str("activation")).map(|_| ()),
     eval: |cx| with_real!(cx.input(0)?, T => eval::<T>(cx)),
-    ..OpDef::NEW
 }];
 
 /// Whether `y * sigmoid(y)` is applied.

@@ -82,7 +82,7 @@ impl Transform {
             row[n / 2 + 1..].fill(Complex::default());
             row[0].im = 0.0;
             (1..n.div_ceil(2)).for_each(|k| row[n - k] = row[k].conj());
-            if n % 2 == 0 {
+            if n.is_multiple_of(2) {
                 row[n / 2].im = 0.0;
             }
         }

@@ -333,7 +333,7 @@ fn eval_concat(cx: &EvalCx) -> Evaluated {
 
 /// Elements `from..from + n` of `t` along dim `i`.
 pub(super) fn part(t: &Tensor, i: usize, from: usize, n: usize) -> Result<Tensor, OpError> {
-    Ok(sliced(t.shape(), &[(i, from as i64, (from + n) as i64, 1)])?.read(t)?.tensor()?.clone())
+    sliced(t.shape(), &[(i, from as i64, (from + n) as i64, 1)])?.read(t)
 }
 
 /// Tensors, at least one, joined along dim `i`.

@@ -35,7 +35,7 @@ pub const OPS: &[OpDef] = &[
         operands: (2, 2),
         results: (1, 2),
         infer: |cx| infer(cx).map(without_mean),
-        eval: |cx| eval(cx, false).map(without_mean),
+        eval: |cx| with_real!(cx.input(0)?, T => eval::<T>(cx, false)).map(without_mean),
         ..OpDef::NEW
     },
 ];

@@ -209,8 +209,8 @@ fn map(cx: &EvalCx) -> Evaluated {
     let body = cx.attrs.graph("body").ok_or_else(|| OpError::invalid("the graph body is missing"))?;
     let n = cx.item(0)?.sequence()?.len();
     let inputs: Vec<&Item> = (0..cx.inputs.len()).map(|i| cx.item(i)).collect::<Result<_, _>>()?;
-    for items in inputs.iter().filter_map(|i| i.sequence().ok()).filter(|items| items.len() != n) {
-        let found = items.len();
+    let mut lengths = inputs.iter().filter_map(|i| i.sequence().ok()).map(|items| items.len());
+    if let Some(found) = lengths.find(|&found| found != n) {
         return Err(OpError::Invalid(format!("sequences of different lengths, {n} and {found}")));
     }
     let mut out: Vec<Vec<Item>> = vec![Vec::with_capacity(n); cx.outputs];
