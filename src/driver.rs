@@ -8,6 +8,7 @@ use crate::model;
 use crate::pipeline::{Pipeline, nearest};
 use crate::qir;
 use crate::{Registry, term::Term};
+use dialects::exec::ExecError;
 use dialects::ir::{Diagnostic, Module, infer, verify};
 use passes::{Changed, PassCx, PassError, Report, Settings};
 use serde::Serialize;
@@ -134,6 +135,10 @@ pub fn read(path: &Path, registry: &Registry) -> Result<Module, Error> {
     if found.is_empty() { Ok(m) } else { Err(Error::Invalid { path: path.to_owned(), found }) }
 }
 
+/// What to do about an op that cannot be run.
+pub const NEEDED: &str =
+    "the op is needed to calibrate; passes that need no calibration, such as rtn, leave it unchanged";
+
 /// Types anew, and everything that is wrong with the module.
 pub fn verify(m: &mut Module, registry: &Registry) -> Vec<Diagnostic> {
     // What inference contradicts, the verifier finds too.
@@ -253,6 +258,7 @@ impl Driver<'_> {
         }
         let help = match &e {
             PassError::Nothing { .. } => Some("--allow-noop lets a pass find nothing to do".to_string()),
+            PassError::Exec(ExecError::UnknownOp { .. }) => Some(NEEDED.to_string()),
             _ => None,
         };
         Error::Pass { number, message: e.to_string(), help }

@@ -163,6 +163,27 @@ fn bad_input() {
     assert_eq!(dir.names(), ["bad.qir", "noise.onnx"]);
 }
 
+/// A linear behind an op that nobody knows.
+const UNKNOWN_OP: &str = "module ir_version=10 opsets {onnx=21, com.acme=1}
+graph @main(%x : tensor<2x16xf32>) {
+  const %w : tensor<16x1xf32> [-0.8, -0.7, -0.6, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+  %h = com.acme.Foo(%x) : tensor<2x16xf32> @\"/layer3/foo\"
+  %y = onnx.MatMul(%h, %w) : tensor<2x1xf32>
+  return %y
+}
+";
+
+#[test]
+fn an_unknown_op_stops_only_what_must_run_it() {
+    let dir = Folder::new();
+    let (model, out) = (dir.path("unknown.qir"), dir.path("out.onnx"));
+    fs::write(&model, UNKNOWN_OP).unwrap();
+    let ran = qcc(&[&model, "--pass", "awq,pack-int4", "--calib", "random", "-o", &out]);
+    assert_eq!(ran.code, 1);
+    snapshot("bad-unknown-op", &ran.stderr);
+    ok(&[&model, "--pass", "rtn{group=16},pack-int4", "-o", &out, "-q"]);
+}
+
 #[test]
 fn a_failure_leaves_an_existing_output_alone() {
     let dir = Folder::new();

@@ -10,6 +10,7 @@ mod sample;
 pub use crate::data::Batch;
 use crate::data::lm::{Lm, LmError};
 use crate::data::tokens::{self, Rows, Take, TokenError};
+use crate::driver::NEEDED;
 use crate::files::{self, FileError};
 use crate::term::Term;
 use arrays::Arrays;
@@ -259,7 +260,10 @@ impl Opening<'_> {
     }
 
     fn cannot_run(&self, e: ExecError) -> CalibError {
-        CalibError::plain(format!("calibration: the model cannot be run: {e}"))
+        match e {
+            ExecError::UnknownOp { .. } => CalibError::new(format!("calibration: {e}"), NEEDED),
+            e => CalibError::plain(format!("calibration: the model cannot be run: {e}")),
+        }
     }
 
     /// Tokens that the model makes itself.

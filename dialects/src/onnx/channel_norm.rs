@@ -1,4 +1,5 @@
-//! Normalization per channel: BatchNormalization with given statistics, InstanceNormalization, GroupNormalization, and
+//! Normalization per channel: BatchNormalization (with given statistics, or in training
+//! mode with those of the batch), InstanceNormalization, GroupNormalization, and
 //! LRN. Computed in double precision for f64, else in single. Channels are dim 1.
 
 use super::util;
@@ -14,7 +15,8 @@ pub const OPS: &[OpDef] = &[
         name: "onnx.BatchNormalization",
         operands: (5, 5),
         results: (1, 5),
-        infer: util::same_type,
+        // The running statistics keep the types of what they go on from.
+        infer: |cx| Ok([0, 3, 4].map(|i| cx.ty(i).clone().into()).to_vec()),
         eval: |cx| with_real!(cx.input(0)?, T => batch::<T>(cx)),
         ..OpDef::NEW
     },
@@ -61,15 +63,27 @@ fn per_channel<T: Real>(cx: &EvalCx, i: usize, n: usize) -> Result<Vec<T>, OpErr
 }
 
 fn batch<T: Real>(cx: &EvalCx) -> Evaluated {
-    if cx.int_or("training_mode", 0) != 0 || (cx.opset < 7 && cx.int_or("is_test", 0) == 0) {
-        return Err(OpError::Unsupported("BatchNormalization in training mode".into()));
+    if cx.opset < 7 && cx.int_or("is_test", 0) == 0 {
+        return Err(OpError::Unsupported("BatchNormalization in training mode before opset 7".into()));
     }
+    let training = cx.int_or("training_mode", 0) != 0;
     let x = cx.input(0)?;
     let (count, cells) = channels(x)?;
     let [scale, bias, mean, variance] = [1, 2, 3, 4].map(|i| per_channel::<T>(cx, i, count));
-    let (scale, bias, mean, variance) = (scale?, bias?, mean?, variance?);
+    let (scale, bias, mut mean, mut variance) = (scale?, bias?, mean?, variance?);
     let epsilon = T::of(cx.float_or("epsilon", 1e-5).into());
     let mut y = T::values(x)?.into_owned();
+    let mut running = Vec::new();
+    if training {
+        let momentum = T::of(cx.float_or("momentum", 0.9).into());
+        let (own_mean, own_variance) = statistics(&y, count, cells);
+        for (i, (was, own)) in [(3, (&mut mean, own_mean)), (4, (&mut variance, own_variance))] {
+            let mixed = was.iter().zip(&own).map(|(&w, &o)| w * momentum + o * (T::one() - momentum));
+            let t = cx.input(i)?;
+            running.push(T::tensor(t.elem(), t.shape(), mixed.collect())?.into());
+            *was = own;
+        }
+    }
     if cells > 0 {
         y.par_chunks_mut(cells).enumerate().for_each(|(i, y)| {
             let c = i % count;
@@ -77,7 +91,19 @@ fn batch<T: Real>(cx: &EvalCx) -> Evaluated {
             T::row_shift_scale(y, -bias[c], T::one());
         });
     }
-    cx.one(T::tensor(x.elem(), x.shape(), y)?)
+    let y = T::tensor(x.elem(), x.shape(), y)?.into();
+    Ok(std::iter::once(y).chain(running).collect())
+}
+
+/// The mean and the variance (of the population) of each of `count` channels over batch and cells.
+fn statistics<T: Real>(x: &[T], count: usize, cells: usize) -> (Vec<T>, Vec<T>) {
+    let lines = |c: usize| x.chunks_exact(cells.max(1)).skip(c).step_by(count.max(1));
+    let n = T::of((x.len() / count.max(1)) as f64);
+    let of = |c: usize| {
+        let mean = lines(c).map(T::row_sum).sum::<T>() / n;
+        (mean, lines(c).map(|line| T::row_sum_of_squares(line, mean)).sum::<T>() / n)
+    };
+    (0..count).into_par_iter().map(of).unzip()
 }
 
 /// Each group of channels normalized by its own mean and variance, one group per channel when `groups` is absent.

@@ -3,8 +3,10 @@
 //! Computed in double precision for f64, else in single.
 
 use super::util;
+use crate::ir::Elem;
 use crate::kernels::real::{Real, with_real};
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
+use half::f16;
 use rayon::prelude::*;
 
 /// The ops of this file.
@@ -12,7 +14,10 @@ pub const OPS: &[OpDef] = &[
     OpDef {
         name: "onnx.Softmax",
         infer,
-        eval: |cx| with_real!(cx.input(0)?, T => along_axis(cx, T::row_softmax)),
+        eval: |cx| match cx.input(0)?.elem() {
+            Elem::F16 => along_axis(cx, softmax_of_halves),
+            _ => with_real!(cx.input(0)?, T => along_axis(cx, T::row_softmax)),
+        },
         ..OpDef::NEW
     },
     OpDef {
@@ -39,6 +44,15 @@ fn each_row<T: Send>(data: &mut [T], n: usize, f: impl Fn(&mut [T]) + Sync) {
     if n > 0 {
         data.par_chunks_mut(task_rows(n) * n).for_each(|task| task.chunks_exact_mut(n).for_each(&f));
     }
+}
+
+/// The softmax of a row of f16, in place: the specification's body of the op, each of whose steps gives f16.
+fn softmax_of_halves(row: &mut [f32]) {
+    let half = |x: f32| f16::from_f32(x).to_f32();
+    let top = f32::row_max(row);
+    row.iter_mut().for_each(|x| *x = half(half(*x - top).exp()));
+    let total = half(f32::row_sum(row));
+    row.iter_mut().for_each(|x| *x /= total);
 }
 
 /// One at the first of the greatest elements, zero elsewhere.
