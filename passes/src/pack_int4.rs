@@ -121,7 +121,8 @@ fn refuse(m: &Module, op: Op, i: usize, placed: &Placed) -> bool {
     };
     let float = matches!(placed.elem, Elem::F32 | Elem::F16 | Elem::BF16);
     let x = data.operand(0).and_then(|v| m.ty(v).elem());
-    i != 1 || k_axis != Some(placed.axis) || !float || x != Some(placed.elem)
+    // Where the activation's type is unknown it is the weight's: the op takes no two types.
+    i != 1 || k_axis != Some(placed.axis) || !float || x.is_some_and(|x| x != placed.elem)
 }
 
 /// What every packed op of one weight shares.
