@@ -164,7 +164,7 @@ pub fn size(m: &Module, weight: Value) -> (Vec<u64>, u64) {
 }
 
 /// The graph that a region is nested in: the model's, or a function's.
-fn root(m: &Module, mut region: Region) -> Region {
+pub fn root(m: &Module, mut region: Region) -> Region {
     while let Some(op) = m.regions[region].parent {
         region = m.ops[op].region;
     }

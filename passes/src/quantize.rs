@@ -162,7 +162,9 @@ pub fn candidates(m: &Module, cx: &mut PassCx, filter: &Filter, kernels: bool) -
             cx.left(m, l.op, why);
             continue;
         }
-        if float(l.elem).is_none() || m.ty(l.operand).elem().and_then(float).is_none() {
+        // Nothing is inferred inside functions; what is the constant itself has its type there too.
+        let elem = m.ty(l.operand).elem().or((l.operand == l.weight).then_some(l.elem));
+        if float(l.elem).is_none() || elem.and_then(float).is_none() {
             cx.left(m, l.op, format!("weights of {} are not quantized", l.elem));
             continue;
         }
