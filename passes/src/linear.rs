@@ -122,10 +122,10 @@ pub fn find(m: &Module) -> Vec<Weighted> {
         let from = out.len();
         m.regions[region].ops.iter().for_each(|&op| classify(m, op, &mut out));
         if root(m, region) != m.top {
+            // What a pass makes of constants stands in the model's graph, which a function does not see.
             for w in &mut out[from..] {
-                if let Weighted::Linear(l) | Weighted::Kernel(l) = w {
-                    let why = "it is inside a function, which holds no constants of its own".into();
-                    *w = Weighted::Other { op: l.op, weight: l.weight, why, computed: None };
+                if let Weighted::Other { computed, .. } = w {
+                    *computed = None;
                 }
             }
         }
@@ -164,7 +164,7 @@ pub fn size(m: &Module, weight: Value) -> (Vec<u64>, u64) {
 }
 
 /// The graph that a region is nested in: the model's, or a function's.
-fn root(m: &Module, mut region: Region) -> Region {
+pub fn root(m: &Module, mut region: Region) -> Region {
     while let Some(op) = m.regions[region].parent {
         region = m.ops[op].region;
     }

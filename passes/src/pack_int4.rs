@@ -6,11 +6,13 @@
 //! are no power of two from 16 to 256 (refused by the CPU kernels).
 
 use crate::gemm::Gemm;
+use crate::linear::root;
 use crate::qtensor::{Placed, QTensor, constant, container, read};
 use crate::{Changed, Exactness, OpSet, Pass, PassCx, PassError, pack_qdq, tied};
-use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Type, Use, Value};
+use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Region, Type, Use, Value};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 
 /// The pass; it has no options of its own.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -18,6 +20,9 @@ use serde::{Deserialize, Serialize};
 pub struct PackInt4 {}
 
 const NAME: &str = "pack-int4";
+
+/// The domain of packed ops.
+const DOMAIN: &str = "com.microsoft";
 
 /// The counter of embeddings that share a head's blob.
 const SHARED: &str = "shared embeddings";
@@ -59,12 +64,22 @@ impl Pass for PackInt4 {
         if cx.settings.tied_shared && !cx.report.counts.contains_key(SHARED) {
             cx.report.warn("--tied shared: no packed weight is also an embedding, so nothing is shared");
         }
-        if packed > 0 {
-            m.opsets.entry("com.microsoft".into()).or_insert(1);
-        }
+        import_domain(m);
         packed += pack_qdq::pack_rest(m, cx, NAME)?;
         cx.count("packed ops", packed);
         Ok(if packed > 0 { Changed::Yes } else { Changed::No })
+    }
+}
+
+/// Imports the domain of packed ops into the graphs that have some: the model's, and those of functions.
+fn import_domain(m: &mut Module) {
+    let packed = m.live_ops().into_iter().filter(|&op| m.ops[op].name.dialect() == DOMAIN);
+    let roots: HashSet<Region> = packed.map(|op| root(m, m.ops[op].region)).collect();
+    if !roots.is_empty() {
+        m.opsets.entry(DOMAIN.into()).or_insert(1);
+    }
+    for f in m.functions.iter_mut().filter(|f| roots.contains(&f.body)) {
+        f.opsets.entry(DOMAIN.into()).or_insert(1);
     }
 }
 
@@ -121,7 +136,8 @@ fn refuse(m: &Module, op: Op, i: usize, placed: &Placed) -> bool {
     };
     let float = matches!(placed.elem, Elem::F32 | Elem::F16 | Elem::BF16);
     let x = data.operand(0).and_then(|v| m.ty(v).elem());
-    i != 1 || k_axis != Some(placed.axis) || !float || x != Some(placed.elem)
+    // Where the activation's type is unknown it is the weight's: the op takes no two types.
+    i != 1 || k_axis != Some(placed.axis) || !float || x.is_some_and(|x| x != placed.elem)
 }
 
 /// What every packed op of one weight shares.

@@ -115,6 +115,14 @@ pub fn each(
     let first = cx.report.weights.len();
     quantize(m, cx, weights)?;
     cx.count("quantized weights", (cx.report.weights.len() - first) as u64);
+    if !inputs.is_empty() {
+        retire(m, cx, inputs);
+    }
+    Ok(Changed::Yes)
+}
+
+/// Takes those of `inputs` that nothing reads any more from the model's inputs.
+fn retire(m: &mut Module, cx: &mut PassCx, mut inputs: Vec<Value>) {
     dce::sweep(m);
     let uses = m.uses();
     inputs.retain(|&v| uses.of(v).is_empty());
@@ -127,7 +135,6 @@ pub fn each(
             "{n} weights that could be given as inputs are inputs no more: they are quantized"
         ));
     }
-    Ok(Changed::Yes)
 }
 
 /// The weights that a pass can quantize, those of kernels when it says so. What it is not to touch, and what cannot be
@@ -155,7 +162,9 @@ pub fn candidates(m: &Module, cx: &mut PassCx, filter: &Filter, kernels: bool) -
             cx.left(m, l.op, why);
             continue;
         }
-        if float(l.elem).is_none() || m.ty(l.operand).elem().and_then(float).is_none() {
+        // Nothing is inferred inside functions; what is the constant itself has its type there too.
+        let elem = m.ty(l.operand).elem().or((l.operand == l.weight).then_some(l.elem));
+        if float(l.elem).is_none() || elem.and_then(float).is_none() {
             cx.left(m, l.op, format!("weights of {} are not quantized", l.elem));
             continue;
         }

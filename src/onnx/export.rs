@@ -340,6 +340,18 @@ impl<'a> Writer<'a> {
             let attribute = self.attribute(name, attr, &function.meta)?;
             rope.message(11, attribute);
         }
+        // A function has no initializers: its constants are nodes.
+        for &v in &body.consts {
+            let dialects::ir::ValueDef::Const(id) = m.values[v].def else { continue };
+            let constant = NodeProto {
+                op_type: Some("Constant".to_owned()),
+                output: vec![self.name(v)],
+                ..Default::default()
+            };
+            let mut node = Rope::of(&constant);
+            node.message(5, self.attribute("value", &Attr::Tensor(id), &Meta::default())?);
+            rope.message(7, node);
+        }
         for &op in &body.ops {
             let node = self.node(op)?;
             rope.message(7, node);

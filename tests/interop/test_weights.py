@@ -78,7 +78,13 @@ def ints(name, *v):
     return tensor(name, np.array(v, np.int64))
 
 
+def function():
+    f = h.make_function("local", "Dense", ["x"], ["y"], [constant("w", W), product()], [h.make_opsetid("", 18)])
+    return model([h.make_node("Dense", ["x"], ["y"], domain="local")], functions=[f])
+
+
 FOUND = {
+    "inside a function": function(),
     "an initializer": model([product()], [tensor("w", W)]),
     "a Constant node": model([constant("w", W), product()]),
     "an initializer that is an input too": model([product()], [tensor("w", W)], [h.make_tensor_value_info("w", T.FLOAT, [K, N])]),
@@ -115,16 +121,10 @@ FOUND = {
 }
 
 
-def function():
-    f = h.make_function("local", "Dense", ["x"], ["y"], [constant("w", W), product()], [h.make_opsetid("", 18)])
-    return model([h.make_node("Dense", ["x"], ["y"], domain="local")], functions=[f])
-
-
 # What stays float, and the words that say why.
 NAMED = {
     "a batch of weights": (model([product()], [tensor("w", np.stack([W, W]))], out=(2, ROWS, N)), "a batch of weights"),
     "the left operand": (model([h.make_node("MatMul", ["w", "x"], ["y"])], [tensor("w", W[:, :ROWS])], out=(K, K)), "left operand"),
-    "a weight in a function": (function(), "inside a function"),
     "integers of someone's own": (model(
         [h.make_node("Cast", ["stored"], ["f"], to=T.FLOAT), h.make_node("Mul", ["f", "s"], ["w"]), product()],
         [tensor("stored", np.rint(W * 10).astype(np.int8)), tensor("s", np.float32(0.1))]), "computed from integers"),
