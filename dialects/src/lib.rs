@@ -15,4 +15,6 @@ pub mod random;
 pub mod tensor;
 
 #[cfg(test)]
+mod malformed;
+#[cfg(test)]
 mod testing;

@@ -113,9 +113,13 @@ pub(crate) fn refused(case: &Case, message: &str) {
     }
 }
 
+/// The cases of a file.
+pub(crate) fn cases(path: &str) -> Vec<Case> {
+    parse(&std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}")))
+}
+
 fn check_file(path: &str) {
-    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}"));
-    let cases = parse(&text);
+    let cases = cases(path);
     assert!(!cases.is_empty());
     let failures: Vec<String> = cases.iter().flat_map(|c| check_one(c).err()).collect();
     assert!(failures.is_empty(), "{} of {} failed:\n{}", failures.len(), cases.len(), failures.join("\n"));

@@ -61,7 +61,8 @@ class Builder:
 def build(path, group_query=False, names="past_key_values.{}.{}", kind=T.FLOAT, past="past", lengths=False, heads=KV_HEADS):
     """A model with caches `names`, of element type `kind` and length `past`.
 
-    With `group_query`, attention is GroupQueryAttention, whose lengths come from the mask, or with `lengths` are inputs.
+    With `group_query`, attention is GroupQueryAttention, whose lengths come from the mask, or with `lengths` are inputs; norms
+    are fused with the residual sums before them.
     """
     w, epsilon = weights()
     b = Builder()
@@ -92,8 +93,21 @@ def build(path, group_query=False, names="past_key_values.{}.{}", kind=T.FLOAT, 
         bias = b("Where", allowed, b.const(0, np.float32), b.const(-3e38, np.float32))
 
     def norm(x, name):
+        gain = b.weight(name, w[name])
+        if group_query:
+            return b("SimplifiedLayerNormalization", x, gain, epsilon=epsilon)
         square = b("ReduceMean", b("Mul", x, x), b.const([-1]))
-        return b("Mul", b("Div", x, b("Sqrt", b("Add", square, b.const(epsilon, np.float32)))), b.weight(name, w[name]))
+        return b("Mul", b("Div", x, b("Sqrt", b("Add", square, b.const(epsilon, np.float32)))), gain)
+
+    def add_norm(x, y, name):
+        """The norm of a residual sum, and the sum."""
+        if not group_query:
+            x = b("Add", x, y)
+            return norm(x, name), x
+        outputs = [f"normed.{name}", "", "", f"sum.{name}"]
+        got = b("SkipSimplifiedLayerNormalization", x, y, b.weight(name, w[name]), outputs=outputs, domain="com.microsoft",
+                epsilon=epsilon)
+        return got[0], got[3]
 
     def split(x, n):
         return b("Transpose", b("Reshape", x, b.const([0, 0, n, SIZE])), perm=[0, 2, 1, 3])
@@ -109,13 +123,13 @@ def build(path, group_query=False, names="past_key_values.{}.{}", kind=T.FLOAT, 
         return b("Reshape", wide, b.const([0, HEADS, -1, SIZE]))
 
     x = b("Gather", b.weight("embedding", w["head"]), ids)
+    y = norm(x, "0.input_layernorm")
     for i in range(LAYERS):
         linear = lambda role, x: b("MatMul", x, b.weight(f"{i}.{role}", w[f"{i}.{role}"]))
         caches = [b.input(names.format(i, part), kind, ["batch", heads, past, SIZE]) for part in ["key", "value"]]
         present = [f"present.{i}.{part}" for part in ["key", "value"]]
         for name in present:
             b.output(name, kind, ["batch", heads, "total", SIZE])
-        y = norm(x, f"{i}.input_layernorm")
         q, k, v = linear("q", y), linear("k", y), linear("v", y)
         if group_query:
             y = b("GroupQueryAttention", q, k, v, *caches, seqlens, total, cos, sin, outputs=[f"attended.{i}", *present],
@@ -131,12 +145,11 @@ def build(path, group_query=False, names="past_key_values.{}.{}", kind=T.FLOAT, 
             scores = b("Softmax", b("Add", b("Mul", scores, b.const(SIZE**-0.5, np.float32)), bias), axis=-1)
             y = b("Transpose", b("MatMul", scores, repeat(v)), perm=[0, 2, 1, 3])
             y = b("Reshape", y, b.const([0, 0, HEADS * SIZE]))
-        x = b("Add", x, linear("o", y))
-        y = norm(x, f"{i}.post_attention_layernorm")
+        y, x = add_norm(x, linear("o", y), f"{i}.post_attention_layernorm")
         gate = linear("gate", y)
         y = b("Mul", b("Mul", gate, b("Sigmoid", gate)), linear("up", y))
-        x = b("Add", x, linear("down", y))
-    b("MatMul", norm(x, "norm"), b("Transpose", "embedding", perm=[1, 0]), outputs=["logits"])
+        y, x = add_norm(x, linear("down", y), f"{i + 1}.input_layernorm" if i + 1 < LAYERS else "norm")
+    b("MatMul", y, b("Transpose", "embedding", perm=[1, 0]), outputs=["logits"])
     b.output("logits", T.FLOAT, ["batch", "seq", 4096])
     return b.save(path)
 

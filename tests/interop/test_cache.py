@@ -78,6 +78,13 @@ class Cache(unittest.TestCase):
                 self.assertTrue(any("empty key/value cache" in note for note in said["notes"]))
                 self.assertAlmostEqual(self.evaluated(out), ppl, delta=0.02 * ppl)
 
+    def test_a_scale_finds_its_place_in_a_fused_norm(self):
+        _, said = self.quantized(self.build(group_query=True), "--calib", TESTDATA / "calib_ids.npy", "--calib-samples", 4)
+        notes = {w["weight"]: " ".join(w["notes"]) for w in said["weights"]}
+        for i in range(cached.LAYERS):
+            for role in ["q", "k", "v", "gate", "up"]:
+                self.assertNotIn("lets no scale through", notes[f"{i}.{role}"])
+
     def test_calibration_sampled_from_the_model_itself(self):
         _, said = self.quantized(self.build(group_query=True), "--calib-samples", 2, "--seq-len", 32)
         self.assertIn("sampled from the model itself", said["calibration"])

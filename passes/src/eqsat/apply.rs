@@ -267,6 +267,10 @@ impl Planner<'_, '_, '_> {
                 None => self.computed(class),
             };
         }
+        if let Some((i, result)) = self.made_beside(class) {
+            self.plan.steps[i].facts.insert(result, self.g.known(class).fact.clone());
+            return Ok(Source::New(i, result));
+        }
         let node = self.choice.get(&class).ok_or("a value is missing from the extraction")?.clone();
         let operands: Vec<Source> =
             node.children.iter().map(|&c| self.source(c)).collect::<Result<_, _>>()?;
@@ -312,6 +316,18 @@ impl Planner<'_, '_, '_> {
         };
         self.plan.steps[i].facts.insert(result, self.g.known(class).fact.clone());
         Ok(Source::New(i, result))
+    }
+
+    /// The step that has a class among its results, where an op of several results is made anew for another of them: it
+    /// need not run twice.
+    fn made_beside(&self, class: Id) -> Option<(usize, u32)> {
+        self.g.nodes(class).into_iter().filter(|n| self.g.outputs(n) > 1).find_map(|node| {
+            let Head::Op { result, attrs, .. } = node.head else { return None };
+            let known = |c: &Id| self.done.get(&self.g.find(*c)).copied();
+            let operands: Vec<Source> = node.children.iter().map(known).collect::<Option<_>>()?;
+            let name = self.g.world().name(node.head)?.clone();
+            Some((*self.made.get(&(name, attrs, operands))?, result))
+        })
     }
 
     /// The op of the window that an e-node stands for: one with the same result, or the same op on as many of the same

@@ -91,6 +91,11 @@ impl<'a> Graph<'a> {
         }
     }
 
+    /// The classes of all results of the e-node's op, `None` for one that is not in the graph.
+    pub fn results(&self, node: &Node) -> Vec<Option<Id>> {
+        (0..self.outputs(node)).map(|i| self.eg.lookup(node.result(i))).collect()
+    }
+
     /// What is known of a class.
     pub fn known(&self, id: Id) -> &Known {
         &self.eg[id].data

@@ -52,6 +52,19 @@ pub struct Node {
     pub children: Vec<Id>,
 }
 
+impl Node {
+    /// Another result of the same op.
+    pub fn result(&self, result: u32) -> Node {
+        let head = match self.head {
+            Head::Op { name, attrs, wanted, outputs, .. } => {
+                Head::Op { name, attrs, result, wanted, outputs }
+            }
+            leaf => leaf,
+        };
+        Node { head, children: self.children.clone() }
+    }
+}
+
 impl Language for Node {
     type Discriminant = Head;
 

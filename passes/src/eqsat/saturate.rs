@@ -64,7 +64,7 @@ type Done = HashSet<(&'static str, Id, Node, Option<Node>)>;
 
 fn plain(g: &mut Graph, class: Id, node: &Node, done: &mut Done, matches: &mut usize) -> bool {
     let mut news = false;
-    let name = g.name(node).strip_prefix("onnx.").unwrap_or("").to_string();
+    let name = rules::short(g.name(node)).to_string();
     for rule in rules::plains().filter(|r| r.ops.contains(&name.as_str())) {
         // These look at parents and at children's other forms, so they are asked in every round.
         for equal in (rule.apply)(g, node) {
@@ -81,7 +81,7 @@ fn pushes(g: &mut Graph, class: Id, node: &Node, done: &mut Done, matches: &mut 
     let mut news = false;
     for p in rules::products(g, node) {
         for f in g.nodes(p.x) {
-            let name = g.name(&f).strip_prefix("onnx.").unwrap_or("").to_string();
+            let name = rules::short(g.name(&f)).to_string();
             for rule in rules::pushes().filter(|r| r.through.contains(&name.as_str())) {
                 // The key holds the scale through `node`'s children; the class keeps it apart per product.
                 let key = (rule.name, g.find(class), node.clone(), Some(f.clone()));

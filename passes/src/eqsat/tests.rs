@@ -198,6 +198,9 @@ fn fused_norms() {
     for (norm, sites) in [
         ("onnx.RMSNormalization(%x, %g)", vec!["g"]),
         ("onnx.SimplifiedLayerNormalization(%x, %g)", vec!["g"]),
+        ("com.microsoft.SkipSimplifiedLayerNormalization(%x, %x, %g, %b)", vec!["g"]),
+        ("com.microsoft.SkipLayerNormalization(%x, %x, %g)", vec!["g"]),
+        ("com.microsoft.SkipLayerNormalization(%x, %x, %g, %b, %b)", vec!["g", "b"]),
         ("onnx.LayerNormalization(%x, %g)", vec!["g"]),
         ("onnx.LayerNormalization(%x, %g, %b)", vec!["g", "b"]),
     ] {
@@ -214,6 +217,30 @@ fn fused_norms() {
         );
         assert_eq!(folds(&m, "h").sites, sites);
     }
+}
+
+#[test]
+fn a_skip_norm_whose_sum_is_read_stays_one_op() {
+    let m = module(
+        "%x : tensor<b x t x 8xf32>, %r : tensor<b x t x 8xf32>",
+        "const %g : tensor<8xf32> random(1)
+  const %w : tensor<8x8xf32> random(3)
+  %h, _, _, %sum = com.microsoft.SkipSimplifiedLayerNormalization(%x, %r, %g)
+  %y = onnx.MatMul(%h, %w)
+  %z = onnx.Add(%sum, %y)
+  return %z, %sum",
+    );
+    assert_eq!(folds(&m, "h").sites, ["g"]);
+    // The sum itself takes no scale: nothing in the op could undo it.
+    let m = module(
+        "%x : tensor<b x t x 8xf32>, %r : tensor<b x t x 8xf32>",
+        "const %g : tensor<8xf32> random(1)
+  const %w : tensor<8x8xf32> random(3)
+  %h, _, _, %sum = com.microsoft.SkipSimplifiedLayerNormalization(%x, %r, %g)
+  %y = onnx.MatMul(%sum, %w)
+  return %y",
+    );
+    refused(&m, "sum");
 }
 
 #[test]

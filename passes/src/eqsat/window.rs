@@ -141,10 +141,9 @@ impl<'a> Scope<'a> {
                 continue;
             }
             let data = &m.ops[op];
-            let onnx = data.name.dialect() == "onnx";
-            let mut through =
-                if onnx { rules::scale_operands(data.name.op(), data.operands.len()) } else { Vec::new() };
-            if through.is_empty() && !(onnx && rules::takes_scale(data.name.op())) {
+            let name = rules::short(data.name.as_str());
+            let mut through = rules::scale_operands(name, data.operands.len());
+            if through.is_empty() && !rules::takes_scale(name) {
                 w.stops.push(format!("{} {:?} lets no scale through", data.name.op(), &*data.loc));
                 continue;
             }

@@ -58,6 +58,11 @@ pub fn plains() -> impl Iterator<Item = &'static Plain> {
     [elementwise::PLAINS, linear::PLAINS, movement::PLAINS].into_iter().flatten()
 }
 
+/// An op's name as rules write it: without the `onnx.` in front.
+pub fn short(name: &str) -> &str {
+    name.strip_prefix("onnx.").unwrap_or(name)
+}
+
 /// Which operands of an op a scale on its result may move to; empty for an op that lets none through.
 pub fn scale_operands(op: &str, operands: usize) -> Vec<usize> {
     match op {
@@ -86,6 +91,8 @@ pub fn takes_scale(op: &str) -> bool {
             | "RMSNormalization"
             | "SimplifiedLayerNormalization"
             | "BatchNormalization"
+            | "com.microsoft.SkipLayerNormalization"
+            | "com.microsoft.SkipSimplifiedLayerNormalization"
     )
 }
 

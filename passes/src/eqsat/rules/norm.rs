@@ -6,6 +6,9 @@ use super::{Push, Scaled};
 use crate::eqsat::graph::{Graph, Id};
 use crate::eqsat::lang::Node;
 
+const SKIP: &str = "com.microsoft.SkipLayerNormalization";
+const SKIP_SIMPLIFIED: &str = "com.microsoft.SkipSimplifiedLayerNormalization";
+
 /// Rules that move a scale.
 pub const PUSHES: &[Push] = &[
     Push {
@@ -13,25 +16,49 @@ pub const PUSHES: &[Push] = &[
         through: &["LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"],
         push: norm,
     },
+    Push { name: "scale-skip-norm", through: &[SKIP, SKIP_SIMPLIFIED], push: skip_norm },
     Push { name: "scale-batch-norm", through: &["BatchNormalization"], push: batch_norm },
 ];
 
 /// `norm(x, g, b) * s = norm(x, g * s, b * s)` for `s` along the normalized dims.
 fn norm(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
-    if !g.fits(p.s, *f.children.get(1)?) {
+    let children = scaled_from(g, p, f, 1, f.children.len())?;
+    Some(g.with(f, children))
+}
+
+/// The children of `f` with `from..to` scaled, the first of which `s` must fit.
+fn scaled_from(g: &mut Graph, p: &Scaled, f: &Node, from: usize, to: usize) -> Option<Vec<Id>> {
+    if !g.fits(p.s, *f.children.get(from)?) {
         return None;
     }
-    let mut children = vec![f.children[0]];
-    for &c in &f.children[1..] {
-        children.push(if g.is_absent(c) {
-            c
-        } else if g.is_const(c) {
-            g.times(c, p.s)
-        } else {
-            g.scaled(c, p.s)?
-        });
+    let mut children = f.children.clone();
+    for c in children.iter_mut().take(to).skip(from) {
+        if g.is_absent(*c) {
+            continue;
+        }
+        *c = if g.is_const(*c) { g.times(*c, p.s) } else { g.scaled(*c, p.s)? };
     }
-    Some(g.with(f, children))
+    Some(children)
+}
+
+/// `norm(x + y, g, b) * s = norm(x + y, g * s, b * s)`. The op's other results, the sum and its statistics, do not depend
+/// on gain and offset.
+fn skip_norm(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
+    let results = g.results(f);
+    if results.first() != Some(&Some(g.find(p.x))) {
+        return None;
+    }
+    // The gain, and the offset of the form that has one; the last operand is a bias of the sum.
+    let end = if g.is(f, SKIP) { 4 } else { 3 };
+    let children = scaled_from(g, p, f, 2, end)?;
+    let scaled = g.with(f, children.clone());
+    for (i, old) in results.into_iter().enumerate().skip(1) {
+        if let Some(old) = old {
+            let same = g.with(&f.result(i as u32), children.clone());
+            g.union(old, same);
+        }
+    }
+    Some(scaled)
 }
 
 /// `bn(x, g, b, mean, var) * s = bn(x, g * s, b * s, mean, var)` for `s` along the channels.
