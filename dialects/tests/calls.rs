@@ -3,9 +3,11 @@
 use dialects::exec::{ExecError, run_once};
 use dialects::ir::infer::infer;
 use dialects::ir::interp::Interpreter;
-use dialects::ir::{Module, parse};
+use dialects::ir::{Elem, Meta, Module, OpBuilder, OpName, Type, parse};
+use dialects::onnx::cast::convert;
+use dialects::onnx::functions;
 use dialects::ops::{Item, Ops};
-use dialects::tensor::Tensor;
+use dialects::tensor::{Data, Tensor};
 
 fn module(text: &str) -> Module {
     parse::parse(text).unwrap_or_else(|e| panic!("{e}\n{text}")).module
@@ -189,6 +191,55 @@ fn overloads_are_told_apart() {
         }",
     );
     assert_eq!(run(&m, &[floats(&[1], &[0.0])]).unwrap(), [floats(&[1], &[1.0])]);
+}
+
+/// The bodies of ONNX's specifications and the code here say the same.
+#[test]
+fn bodies_of_specifications_agree_with_the_code() {
+    let spec = functions::module();
+    let x: Vec<f32> = (0..60).map(|i| (i as f32 - 30.0) * 0.23).collect();
+    let y: Vec<f32> = (0..60).map(|i| ((i * 7) % 13) as f32 * 0.5 - 3.0).collect();
+    let mut compared = Vec::new();
+    for f in &spec.functions {
+        // Defined natively, and of tensors of any shape.
+        let operands = spec.regions[f.body].args.len();
+        if Ops::standard().get(&f.name).is_none() || ["Range", "DynamicQuantizeLinear"].contains(&f.name.op())
+        {
+            continue;
+        }
+        let mut m = spec.clone();
+        let version = f.overload.parse().unwrap();
+        m.opsets = [("onnx".into(), version), ("spec".into(), 1)].into();
+        let own = m.functions.iter_mut().find(|g| (&g.name, &g.overload) == (&f.name, &f.overload)).unwrap();
+        own.name = OpName::new("spec", f.name.op());
+        let called = own.name.clone();
+        let top = m.top;
+        let arg = |m: &mut Module, name: &str| m.add_arg(top, name, Type::of_shape(Elem::F32, &[3, 4, 5]));
+        let mut args = vec![arg(&mut m, "x")];
+        if operands == 2 && !f.name.op().starts_with("Reduce") {
+            args.push(arg(&mut m, "y"));
+        }
+        let mut results = Vec::new();
+        for name in [f.name.clone(), called] {
+            let meta = Meta(vec![("overload".into(), f.overload.clone())]);
+            let op = OpBuilder::named(name, &"n".into()).operands(args.clone()).meta(meta);
+            let op = m.push(top, op.result(Type::Unknown));
+            results.push(m.ops[op].result(0).unwrap());
+        }
+        m.regions[top].results = results;
+        let inputs = [floats(&[3, 4, 5], &x), floats(&[3, 4, 5], &y)];
+        let got = run(&m, &inputs[..args.len()]).unwrap_or_else(|e| panic!("{} {}: {e}", f.name, f.overload));
+        let numbers = |i: &Item| convert(i.tensor().unwrap(), Elem::F64, true).unwrap();
+        let (a, b) = (numbers(&got[0]), numbers(&got[1]));
+        assert_eq!(a.shape(), b.shape(), "{}", f.name);
+        let (Data::F64(a), Data::F64(b)) = (a.data(), b.data()) else { unreachable!() };
+        for (a, b) in a.iter().zip(b) {
+            let close = (a - b).abs() <= 1e-6 + 1e-5 * b.abs() || (a.is_nan() && b.is_nan());
+            assert!(close, "{} {}: {a}, the body gives {b}", f.name, f.overload);
+        }
+        compared.push(f.name.op());
+    }
+    assert!(compared.len() > 25, "{compared:?}");
 }
 
 /// What inference and evaluation say of a call that is wrong.

@@ -373,7 +373,8 @@ pub const OPS: &[OpDef] = &[
     },
     OpDef {
         name: "onnx.Scan",
-        operands: (1, usize::MAX),
+        // The lengths that opset 8 has first may be left out.
+        operands: (0, usize::MAX),
         results: (1, usize::MAX),
         infer: infer_scan,
         eval: eval_scan,
