@@ -371,6 +371,12 @@ def channel_norm():
     scale, bias, mean, variance = [v[:, None] for v in p]
     case("f64", "BatchNormalization", [x, *p], opset=15, rtol=1e-13, atol=1e-13,
          want=[(x - mean) / np.sqrt(variance + np.float32(1e-5)) * scale + bias])
+    own = [x.mean((0, 2)), x.var((0, 2))]
+    z = (x - own[0][:, None]) / np.sqrt(own[1][:, None] + np.float32(1e-5)) * scale + bias
+    momentum = np.float64(np.float32(0.7))
+    running = [p[i] * momentum + o * (1 - momentum) for i, o in zip([2, 3], own)]
+    case("training", "BatchNormalization", [x, *p], outputs=3, opset=15, rtol=1e-12, atol=1e-12, training_mode=1, momentum=0.7,
+         want=[z, *running])
     z = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + np.float32(1e-5))
     case("f64", "InstanceNormalization", [x, p[0], p[1]], want=[z * scale + bias], rtol=1e-13, atol=1e-13)
 

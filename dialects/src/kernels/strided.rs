@@ -15,10 +15,14 @@ const PARALLEL: usize = 4 * CHUNK;
 /// No op makes a tensor of more elements: a shape from a broken model must not exhaust memory.
 const MAX_COUNT: usize = 1 << 32;
 
-/// The number of elements of `shape`, if a tensor of that size may be allocated.
+/// The number of elements of `shape`, if a tensor of that size may be allocated. An empty tensor's other sizes must be
+/// small enough too, since ops make tables of a dim, or multiply the sizes around an axis.
 pub fn count(shape: &[usize]) -> Result<usize, OpError> {
-    let n = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= MAX_COUNT);
-    n.ok_or_else(|| OpError::Unsupported(format!("a tensor of shape {shape:?}: too many elements")))
+    let sizes = shape.iter().filter(|&&d| d > 0).try_fold(1usize, |n, &d| n.checked_mul(d));
+    match sizes.filter(|&n| n <= MAX_COUNT) {
+        Some(n) => Ok(if shape.contains(&0) { 0 } else { n }),
+        None => Err(OpError::Unsupported(format!("a tensor of shape {shape:?}: too many elements"))),
+    }
 }
 
 /// A vector of `len` elements filled by `f(start, chunk)`, in fixed chunks on all threads when it is long.
@@ -284,5 +288,7 @@ mod tests {
         assert!(broadcast_shape(&[&[2, 3], &[2]]).is_err());
         assert_eq!(broadcast_shape(&[&[2, 1], &[0], &[]]).unwrap(), [2, 0]);
         assert!(count(&[1 << 20, 1 << 20]).is_err());
+        assert!(count(&[0, 1 << 40]).is_err());
+        assert_eq!(count(&[0, 1 << 20]).unwrap(), 0);
     }
 }

@@ -52,6 +52,7 @@ fn infer(cx: &InferCx, to_space: bool) -> Inferred {
 }
 
 fn sizes(shape: &[usize]) -> Result<[usize; 4], OpError> {
+    crate::kernels::strided::count(shape)?;
     <[usize; 4]>::try_from(shape)
         .map_err(|_| OpError::invalid(format!("the operand has shape {shape:?}, expected 4 dims")))
 }

@@ -1,11 +1,10 @@
-//! Normalization per channel: BatchNormalization (with given statistics, or in training
-//! mode with those of the batch), InstanceNormalization, GroupNormalization, and
+//! Normalization per channel: BatchNormalization, InstanceNormalization, GroupNormalization, and
 //! LRN. Computed in double precision for f64, else in single. Channels are dim 1.
 
 use super::util;
 use crate::ir::Attrs;
 use crate::kernels::real::{Real, with_real};
-use crate::ops::{EvalCx, Evaluated, OpDef, OpError};
+use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use crate::tensor::Tensor;
 use rayon::prelude::*;
 
@@ -15,8 +14,7 @@ pub const OPS: &[OpDef] = &[
         name: "onnx.BatchNormalization",
         operands: (5, 5),
         results: (1, 5),
-        // The running statistics keep the types of what they go on from.
-        infer: |cx| Ok([0, 3, 4].map(|i| cx.ty(i).clone().into()).to_vec()),
+        infer: infer_batch,
         eval: |cx| with_real!(cx.input(0)?, T => batch::<T>(cx)),
         ..OpDef::NEW
     },
@@ -62,11 +60,28 @@ fn per_channel<T: Real>(cx: &EvalCx, i: usize, n: usize) -> Result<Vec<T>, OpErr
     }
 }
 
+/// The running statistics are results in training only.
+fn infer_batch(cx: &InferCx) -> Inferred {
+    let training = cx.attrs.int("training_mode").unwrap_or(0) != 0;
+    Ok([0, 3, 4][..if training { 3 } else { 1 }].iter().map(|&i| cx.ty(i).clone().into()).collect())
+}
+
+/// Mean and variance of each of `count` channels over the whole batch.
+fn statistics<T: Real>(x: &[T], count: usize, cells: usize) -> (Vec<T>, Vec<T>) {
+    let one = |c: usize| {
+        let rows = || x.chunks_exact(cells.max(1)).skip(c).step_by(count);
+        let n = T::of((x.len() / count) as f64);
+        let mean = rows().map(T::row_sum).sum::<T>() / n;
+        (mean, rows().map(|row| T::row_sum_of_squares(row, mean)).sum::<T>() / n)
+    };
+    (0..count).into_par_iter().map(one).unzip()
+}
+
 fn batch<T: Real>(cx: &EvalCx) -> Evaluated {
-    if cx.opset < 7 && cx.int_or("is_test", 0) == 0 {
-        return Err(OpError::Unsupported("BatchNormalization in training mode before opset 7".into()));
-    }
     let training = cx.int_or("training_mode", 0) != 0;
+    if (training && cx.opset < 14) || (cx.opset < 7 && cx.int_or("is_test", 0) == 0) {
+        return Err(OpError::Unsupported("BatchNormalization in training mode before opset 14".into()));
+    }
     let x = cx.input(0)?;
     let (count, cells) = channels(x)?;
     let [scale, bias, mean, variance] = [1, 2, 3, 4].map(|i| per_channel::<T>(cx, i, count));
@@ -76,12 +91,12 @@ fn batch<T: Real>(cx: &EvalCx) -> Evaluated {
     let mut running = Vec::new();
     if training {
         let momentum = T::of(cx.float_or("momentum", 0.9).into());
-        let (own_mean, own_variance) = statistics(&y, count, cells);
-        for (i, (was, own)) in [(3, (&mut mean, own_mean)), (4, (&mut variance, own_variance))] {
-            let mixed = was.iter().zip(&own).map(|(&w, &o)| w * momentum + o * (T::one() - momentum));
-            let t = cx.input(i)?;
-            running.push(T::tensor(t.elem(), t.shape(), mixed.collect())?.into());
-            *was = own;
+        let own = statistics(&y, count, cells);
+        for (i, given, own) in [(3, &mut mean, own.0), (4, &mut variance, own.1)] {
+            let mix = |(&old, &new): (&T, &T)| old * momentum + new * (T::one() - momentum);
+            let mixed: Vec<T> = given.iter().zip(&own).map(mix).collect();
+            running.push(T::tensor(cx.input(i)?.elem(), &[count], mixed)?.into());
+            *given = own;
         }
     }
     if cells > 0 {
@@ -91,19 +106,7 @@ fn batch<T: Real>(cx: &EvalCx) -> Evaluated {
             T::row_shift_scale(y, -bias[c], T::one());
         });
     }
-    let y = T::tensor(x.elem(), x.shape(), y)?.into();
-    Ok(std::iter::once(y).chain(running).collect())
-}
-
-/// The mean and the variance (of the population) of each of `count` channels over batch and cells.
-fn statistics<T: Real>(x: &[T], count: usize, cells: usize) -> (Vec<T>, Vec<T>) {
-    let lines = |c: usize| x.chunks_exact(cells.max(1)).skip(c).step_by(count.max(1));
-    let n = T::of((x.len() / count.max(1)) as f64);
-    let of = |c: usize| {
-        let mean = lines(c).map(T::row_sum).sum::<T>() / n;
-        (mean, lines(c).map(|line| T::row_sum_of_squares(line, mean)).sum::<T>() / n)
-    };
-    (0..count).into_par_iter().map(of).unzip()
+    Ok([T::tensor(x.elem(), x.shape(), y)?.into()].into_iter().chain(running).collect())
 }
 
 /// Each group of channels normalized by its own mean and variance, one group per channel when `groups` is absent.

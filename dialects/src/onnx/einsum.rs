@@ -218,7 +218,8 @@ impl Named {
         if gone.is_empty() {
             return Ok(self);
         }
-        let n: usize = gone.iter().map(|g| g.1).product();
+        // Of an empty tensor there is nothing to sum, however long the other dims.
+        let n: usize = if self.tensor.is_empty() { 0 } else { gone.iter().map(|g| g.1).product() };
         let shape: Vec<usize> = kept.iter().map(|k| k.1).collect();
         let rows: usize = shape.iter().product();
         let indices = kept.iter().map(|k| k.0).collect();

@@ -335,10 +335,14 @@ fn eval(cx: &EvalCx, upsample: bool) -> Evaluated {
     };
     let plan = plan(cx.attrs, t.shape(), &target, roi.as_deref())?;
     let mut shape = t.shape().to_vec();
+    strided::count(&shape)?;
     for a in &plan {
         shape[a.dim] = a.size;
         // Every step on the way, not only the result, must be small enough.
         strided::count(&shape)?;
+    }
+    if shape.contains(&0) {
+        return util::moved(t, &shape, crate::map_data!(t.data(), _v => Vec::new()));
     }
     let outside = cx.float_or("extrapolation_value", 0.0);
     if method.mode == Mode::Nearest {
