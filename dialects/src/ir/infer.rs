@@ -253,6 +253,10 @@ impl Scope<'_> {
     fn merge(&self, op: Op, v: Value, fact: Fact) {
         let known = &self.m.values[v].ty;
         let ty = known.unify(&fact.ty).unwrap_or_else(|| {
+            // What a function declares of its values is a hint: one body serves calls of other types.
+            if self.call.is_some() {
+                return fact.ty.clone();
+            }
             let label = self.m.value_label(v);
             self.report(op, format!("{label:?} is declared {known}, but inference finds {}", fact.ty));
             known.clone()
