@@ -1,5 +1,5 @@
-//! Broken models: ONNX's own tests with attributes, operands, versions and inputs changed at random. What comes out does
-//! not matter, but nothing may panic, in inference, verification or evaluation.
+//! Broken models: ONNX's own tests with attributes, operands, versions, inputs and bytes of the file changed at random.
+//! What comes out does not matter, but nothing may panic, in import, inference, verification or evaluation.
 //!
 //! The cases are those of `tests/onnx_conformance`: `QCC_ONNX_TESTS` names their folder; without it the test is skipped.
 //! `QCC_MUTATIONS` says how many times each is changed.
@@ -161,6 +161,23 @@ thread_local! {
     static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
+/// A file with a few bytes changed, or cut short, as far as it imports.
+fn damaged(rng: &mut Rng, file: &[u8]) -> Option<Module> {
+    let mut bytes = file.to_vec();
+    for _ in 0..=rng.below(3) {
+        let i = rng.below(bytes.len());
+        match rng.below(4) {
+            0 => bytes.truncate(i),
+            1 => drop(bytes.drain(i..(i + 1 + rng.below(8)).min(file.len()).min(bytes.len()))),
+            _ => bytes.get_mut(i).map(|b| *b = rng.next() as u8).unwrap_or_default(),
+        }
+        if bytes.is_empty() {
+            break;
+        }
+    }
+    Some(import::from_bytes(bytes.into()).ok()?.module)
+}
+
 fn load(folder: &Path) -> Option<(Module, Vec<(Value, Item)>)> {
     let m = import::read(&folder.join("model.onnx")).ok()?.module;
     let args = m.regions[m.top].args.iter().copied().filter(|&v| m.const_of(v).is_none());
@@ -187,6 +204,7 @@ fn nothing_panics_on_a_broken_model() {
     let (ran, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let try_one = |(i, folder): (usize, &PathBuf)| -> Vec<(String, String)> {
         let Some((m, inputs)) = load(folder) else { return Vec::new() };
+        let file = std::fs::read(folder.join("model.onnx")).expect("the model was read before");
         let exec = Interpreter::new(ops.clone()).max_iterations(50);
         let name = folder.file_name().unwrap_or_default().to_string_lossy();
         let mut panics = Vec::new();
@@ -200,6 +218,10 @@ fn nothing_panics_on_a_broken_model() {
                 mutate(&mut rng, &mut m, &mut inputs);
             }
             let result = catch_unwind(AssertUnwindSafe(|| {
+                if let Some(mut m) = damaged(&mut rng, &file) {
+                    infer(&mut m, &ops);
+                    verify(&m, &ops);
+                }
                 infer(&mut m, &ops);
                 verify(&m, &ops);
                 let wanted = m.regions[m.top].results.clone();

@@ -120,6 +120,11 @@ fn eval_loop(cx: &EvalCx) -> Evaluated {
         if carried.len() < n {
             return Err(wrong());
         }
+        // A sequence that grows from one iteration to the next must fit into memory as a tensor must.
+        for items in carried.iter().filter_map(|c| c.sequence().ok()) {
+            let held = items.iter().map(|i| i.tensor().map_or(0, Tensor::len));
+            count(&[held.fold(0, usize::saturating_add)])?;
+        }
         for (what, s) in scans.iter_mut().enumerate() {
             s.push(results.next().ok_or_else(wrong)?, what)?;
         }
