@@ -7,6 +7,8 @@ Quantize: wall time from process start to the finished file for qcc (rtn,pack-in
 quantize and save for ONNX Runtime's MatMulNBitsQuantizer in a process of its own, the imports of Python excluded; `cp`
 of the model for scale. Memory: the peak of anonymous memory over the process, sampled from smaps_rollup.
 Latency: ONNX Runtime on the float model, on qcc's file and on its own quantizer's. Best of --runs everywhere.
+Interpreter (with --lm): the float model on 8 x 256 tokens with 2 threads, by qcc's interpreter and by ONNX Runtime, each in
+a process of its own, turn by turn; the median of 5 runs, and the peak of resident memory (Python's included).
 """
 import argparse
 import json
@@ -32,6 +34,21 @@ done = time.perf_counter()
 quantizer.model.save_model_to_file(sys.argv[2], False)
 end = time.perf_counter()
 print(json.dumps({"load": loaded - start, "quantize": done - loaded, "save": end - done, "total": end - start}))
+"""
+
+
+RUN_CHILD = """
+import json, sys, time
+import numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 2
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+feed, times = dict(numpy.load(sys.argv[2])), []
+for _ in range(6):
+    start = time.perf_counter()
+    session.run(None, feed)
+    times.append(time.perf_counter() - start)
+print(json.dumps({"seconds": sorted(times[1:])[2]}))
 """
 
 
@@ -156,6 +173,32 @@ def latency(args, model, work, feeds):
     remove(theirs)
 
 
+def interpreter(args, work):
+    import numpy as np
+
+    feed = work / "tokens.npz"
+    ids = np.random.default_rng(0).integers(0, 4096, (8, 256))
+    np.savez(feed, input_ids=ids, attention_mask=np.ones_like(ids))
+    commands = {
+        "ONNX Runtime": [sys.executable, "-c", RUN_CHILD, args.lm, feed],
+        "qcc": [args.qcc, "run", args.lm, "--input", feed, "--repeat", "5", "--threads", "2", "--json"],
+    }
+    results = {name: [] for name in commands}
+    for _ in range(args.runs):
+        for name, command in commands.items():
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            out = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                sys.exit(f"{name} failed")
+            results[name].append((json.loads(out)["seconds"], usage.ru_maxrss / 1024))
+    reference = [min(r) for r in zip(*results["ONNX Runtime"])]
+    for name, runs in results.items():
+        seconds, mib = (min(r) for r in zip(*runs))
+        ratios = f"x{seconds / reference[0]:.2f} of its time, x{mib / reference[1]:.2f} of its memory"
+        print(f"  {args.lm.name} [8, 256] {name:13} {seconds:6.3f} s  {mib:6.0f} MiB  {ratios}")
+
+
 def main():
     root = pathlib.Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,14 +208,16 @@ def main():
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--latency-runs", type=int, default=100)
     parser.add_argument("--work", type=pathlib.Path, help="folder for files [default: a temporary one]")
-    parser.add_argument("--only", choices=["quantize", "latency"])
+    parser.add_argument("--only", choices=["quantize", "latency", "interpreter"])
     args = parser.parse_args()
     work = args.work or pathlib.Path(tempfile.mkdtemp(prefix="qcc-bench-"))
     print(f"{os.cpu_count()} cores")
     try:
-        if args.only != "latency":
+        if args.only in (None, "quantize"):
             quantize(args, work)
-        if args.only != "quantize":
+        if args.lm and args.only in (None, "interpreter"):
+            interpreter(args, work)
+        if args.only in (None, "latency"):
             import numpy as np
 
             layer = work / "layer.onnx"
