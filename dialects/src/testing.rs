@@ -1,5 +1,5 @@
 //! Runs the fixtures of `testdata/*.cases`: single ops whose results an independent implementation computed
-//! (`scripts/op_cases.py` writes them).
+//! (`scripts/op_cases` writes them).
 //!
 //! A file is lines of words. `case NAME OP OPSET OUTPUTS RTOL ATOL` starts a case; `attr NAME KIND VALUE..` with kind
 //! `i`, `f`, `s`, `is`, `fs` gives an attribute; `in ELEM DIMS HEX` and `in -` give operands, `out ELEM DIMS HEX`
