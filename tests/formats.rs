@@ -103,6 +103,39 @@ fn inputs_that_do_not_fit_are_refused_by_name() {
 }
 
 #[test]
+fn an_output_is_never_what_was_read() {
+    let to = Folder::new();
+    let model = to.module("double.qir", DOUBLE);
+    let x = to.npy("x.npy", "<f4", "(2,)", &[0; 8]);
+    let same = to.path("same.npz");
+    ok(&["run", &model, "--input", &format!("x={x}"), "-o", &same]);
+    let before = std::fs::read(&same).unwrap();
+    assert!(refused(&["run", &model, "--input", &same, "-o", &same]).contains("is also an input"));
+    assert!(
+        refused(&["run", &model, "--input", &format!("x={x}"), "-o", &model]).contains("is also an input")
+    );
+    assert!(
+        refused(&["run", &model, "--input", &format!("x={x}"), "-o", &to.path("y.npy")]).contains(".npz")
+    );
+    assert_eq!(std::fs::read(&same).unwrap(), before);
+    assert!(refused(&["run", &model, "--input", &x]).contains("which input is it?"));
+}
+
+#[test]
+fn values_of_other_types_are_said_to_be_that() {
+    let to = Folder::new();
+    let (a, b) = (to.module("a.qir", DOUBLE), to.module("b.qir", &DOUBLE.replace("bf16", "f16")));
+    let x = to.npy("x.npy", "<f4", "(2,)", &[0; 8]);
+    let other = DOUBLE.replace("onnx.Add(%x, %x) : tensor<2xbf16>", "onnx.Cast(%x) {to=1} : tensor<2xf32>");
+    let other = to.module("c.qir", &other);
+    let given = format!("x={x}");
+    assert!(refused(&["diff", &a, &b, "--input", &given]).contains("has type tensor<2xf16>"));
+    let said = ok(&["diff", &a, &other, "--input", &given]);
+    assert!(said.contains("bf16 [2] against f32 [2]"), "{said}");
+    assert!(refused(&["diff", &a, &a, "--tolerance", "nan"]).contains("at least 0"));
+}
+
+#[test]
 fn types_that_numpy_lacks_are_widened_and_narrowed_again() {
     let to = Folder::new();
     let model = to.module("double.qir", DOUBLE);

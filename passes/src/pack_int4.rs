@@ -101,7 +101,7 @@ fn pack(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result
             Some(operands) => operands,
             None => operands.insert(Operands::new(m, cx, q, placed)?),
         };
-        replace(m, cx, op, operands)?;
+        replace(m, op, operands)?;
         packed += 1;
     }
     if let (Some(w), true) = (&operands, cx.settings.tied_shared) {
@@ -149,6 +149,8 @@ struct Operands {
     k: usize,
     bits: u32,
     block: usize,
+    /// `accuracy_level` of the ops.
+    level: i64,
     /// Bytes of codes, scales and zero points.
     bytes: u64,
 }
@@ -170,10 +172,10 @@ impl Operands {
             let row = (blocks * bits as usize).div_ceil(8);
             constant(Elem::U8, vec![q.n as u64, row as u64], pack_rows(&z, blocks, bits))
         });
-        warn_of_runtime(cx, bits, placed.elem);
-
         let region = m.ops[placed.op].region;
         let half = cx.settings.f16_scales && placed.elem == Elem::F32;
+        let level = level(cx, placed.elem, half);
+        warn_of_runtime(cx, bits, placed.elem, level);
         if half {
             scales = to_f16(&scales, &placed.label)?;
         }
@@ -197,7 +199,7 @@ impl Operands {
                 m.ops[cast].result(0).expect("a Cast has a result")
             }
         };
-        Ok(Operands { b, scales, zero_points, n: q.n, k: q.k, bits, block, bytes })
+        Ok(Operands { b, scales, zero_points, n: q.n, k: q.k, bits, block, level, bytes })
     }
 }
 
@@ -217,7 +219,7 @@ impl Operands {
 }
 
 /// Replaces one MatMul or Gemm.
-fn replace(m: &mut Module, cx: &PassCx, op: Op, w: &Operands) -> Result<(), PassError> {
+fn replace(m: &mut Module, op: Op, w: &Operands) -> Result<(), PassError> {
     let mut gemm = Gemm::new(m, NAME, op, w.n)?;
     gemm.fuse(m, w.n);
     let packed = OpBuilder::new("com.microsoft.MatMulNBits", &gemm.data.loc)
@@ -231,7 +233,7 @@ fn replace(m: &mut Module, cx: &PassCx, op: Op, w: &Operands) -> Result<(), Pass
         .attr("N", w.n as i64)
         .attr("bits", i64::from(w.bits))
         .attr("block_size", w.block as i64)
-        .attr("accuracy_level", cx.settings.accuracy_level);
+        .attr("accuracy_level", w.level);
     gemm.finish(m, NAME, packed)
 }
 
@@ -283,8 +285,23 @@ fn to_f16(scales: &ConstData, label: &str) -> Result<ConstData, PassError> {
     Ok(constant(Elem::F16, scales.dims.clone(), bytemuck::cast_slice(&halves).to_vec()))
 }
 
-fn warn_of_runtime(cx: &mut PassCx, bits: u32, elem: Elem) {
-    if bits == 2 && cx.settings.accuracy_level != 4 {
+/// The `accuracy_level` for activations of type `elem`: int8 activations want scales that are f32 constants. With others
+/// ONNX Runtime 1.31 takes the codes for ones packed with their scales, which they are not, and multiplies by rubbish
+/// (found by running f16 models and scales behind a Cast at each of its levels of optimization).
+fn level(cx: &mut PassCx, elem: Elem, cast: bool) -> i64 {
+    let asked = cx.settings.accuracy_level;
+    if asked != 4 || elem == Elem::F32 && !cast {
+        return asked;
+    }
+    cx.report.note(
+        "int8 activations (accuracy_level 4) need scales of f32: ONNX Runtime computes nonsense with others; the packed \
+         ops compute with float activations (accuracy_level 0)",
+    );
+    0
+}
+
+fn warn_of_runtime(cx: &mut PassCx, bits: u32, elem: Elem, level: i64) {
+    if bits == 2 && level != 4 {
         cx.report.warn(
             "2-bit MatMulNBits with float activations runs about 150x slower in ONNX Runtime than with int8 \
              activations; `--profile ort-cpu` asks for those",

@@ -31,6 +31,9 @@ const SEQ_LEN: usize = 2048;
 /// Samples that are made when there is no file, and tokens in each.
 const MADE: (usize, usize) = (32, 128);
 
+/// Fewer tokens than this are not tried where a model fails on more.
+const SHORTEST: usize = 8;
+
 /// What the command line says about calibration data.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Calibration")]
@@ -274,7 +277,12 @@ impl Opening<'_> {
         lm.logits.clone().map_err(refused)?;
         let (count, len) =
             (self.options.calib_samples.unwrap_or(MADE.0), self.options.seq_len.unwrap_or(MADE.1));
-        let len = lm.len.unwrap_or(len);
+        let mut len = lm.len.unwrap_or(len);
+        let asked = lm.len.is_some() || self.options.seq_len.is_some();
+        // A model of a short context fails on more tokens than it has positions.
+        while !asked && len > SHORTEST && lm.probe(self.exec, self.m, len).is_err() {
+            len /= 2;
+        }
         let seed = self.options.seed;
         let rows = sample::rows(&lm, self.m, self.exec, (count, len), seed, self.term)
             .map_err(|e| CalibError { help: Some(help.into()), ..self.cannot_run(e) })?;

@@ -15,7 +15,7 @@ use dialects::tensor::Tensor;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Tokens in a passage.
+/// Tokens in a passage, where a row has as many.
 const PASSAGE: usize = 16;
 
 /// Samples `count` rows of `len` tokens.
@@ -28,23 +28,24 @@ pub(super) fn rows(
     term: &Term,
 ) -> Result<Rows, ExecError> {
     let logits = lm.logits.clone().map_err(|e| ExecError::Sink(e.to_string()))?;
-    let per_row = len.div_ceil(PASSAGE);
-    let (batch, _) = lm.probe(exec, m, PASSAGE)?;
-    let batch = if batch == 1 || lm.batch.is_some() { batch } else { RUN_TOKENS / PASSAGE };
+    let passage = PASSAGE.min(len.max(1));
+    let per_row = len.div_ceil(passage);
+    let (batch, _) = lm.probe(exec, m, passage)?;
+    let batch = if batch == 1 || lm.batch.is_some() { batch } else { RUN_TOKENS / passage };
     let short = last_position(m, logits).filter(|_| lm.len.is_none());
     let m = short.as_ref().unwrap_or(m);
     let prepared = exec.prepare(m, &[logits])?;
     // A fixed batch must be filled; what is sampled beyond the rows is dropped.
     let passages = (count * per_row).next_multiple_of(lm.batch.unwrap_or(1));
-    let task = term.task("sampling", passages.div_ceil(batch) as u64 * PASSAGE as u64);
+    let task = term.task("sampling", passages.div_ceil(batch) as u64 * passage as u64);
     let vocab = lm.vocab.unwrap_or(1).max(1);
-    let mut out = Vec::with_capacity(passages * PASSAGE);
+    let mut out = Vec::with_capacity(passages * passage);
     for first in (0..passages).step_by(batch) {
         let group = batch.min(passages - first);
         let mut rngs: Vec<ChaCha8Rng> = (first..first + group).map(|p| stream(seed, p)).collect();
         let mut texts: Vec<Vec<i64>> =
             rngs.iter_mut().map(|r| vec![r.random_range(0..vocab) as i64]).collect();
-        for done in 1..PASSAGE {
+        for done in 1..passage {
             // A model of a fixed length is fed with zeros after the passage: it does not look ahead.
             let fed = lm.len.unwrap_or(done);
             let ids: Vec<i64> = texts
@@ -64,7 +65,7 @@ pub(super) fn rows(
         out.extend(texts.into_iter().flatten());
     }
     let mut ids = Vec::with_capacity(count * len);
-    for row in out.chunks(per_row * PASSAGE).take(count) {
+    for row in out.chunks(per_row * passage).take(count) {
         ids.extend_from_slice(&row[..len]);
     }
     Ok(Rows::new(len, ids))

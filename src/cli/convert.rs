@@ -31,8 +31,11 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
-    let Loaded { mut module, warnings, files: read } = model::load(&args.model)?;
+    let Loaded { mut module, mut warnings, files: read } = model::load(&args.model)?;
     files::refuse_overwrite(&args.output, &read)?;
+    // A broken model may be wanted as text, to look at.
+    let found = driver::verify(&mut module.clone(), &cx.registry);
+    warnings.extend(found.iter().map(|d| format!("{} is not valid: {d}", args.model.display())));
     if let Some(n) = args.opset {
         raise(&mut module, n, args, cx)?;
     }

@@ -32,13 +32,17 @@ pub(super) struct Args {
     #[command(flatten)]
     inputs: inputs::Options,
     /// A value differs when its relative error (Frobenius) is larger
-    #[arg(long, value_name = "X", default_value_t = 1e-4)]
+    #[arg(long, value_name = "X", default_value_t = 1e-4, value_parser = tolerance)]
     tolerance: f64,
     /// Show every value
     #[arg(long)]
     all: bool,
     #[command(flatten)]
     with: With,
+}
+
+fn tolerance(s: &str) -> Result<f64, String> {
+    s.parse().ok().filter(|&x: &f64| x >= 0.0).ok_or_else(|| "expected a number of at least 0".to_string())
 }
 
 /// How one value differs.
@@ -187,11 +191,12 @@ fn difference(m: &Module, v: Value, x: &Item, y: &Item) -> Difference {
         why: None,
     };
     match (x, y) {
-        (Item::Tensor(x), Item::Tensor(y)) if x.shape() == y.shape() => {
-            (d.relative, d.max_abs) = errors(x, y)
+        (Item::Tensor(x), Item::Tensor(y)) if (x.elem(), x.shape()) == (y.elem(), y.shape()) => {
+            (d.relative, d.max_abs) = errors(x, y);
         }
         (Item::Tensor(x), Item::Tensor(y)) => {
-            d.why = Some(format!("shape {:?} against {:?}", x.shape(), y.shape()))
+            let of = |t: &Tensor| format!("{} {:?}", t.elem(), t.shape());
+            d.why = Some(format!("{} against {}", of(x), of(y)));
         }
         (x, y) if x == y => (d.relative, d.max_abs) = (0.0, 0.0),
         _ => d.why = Some("no tensors, and not the same".into()),

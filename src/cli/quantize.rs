@@ -245,6 +245,10 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
         data.calib = Some("random".into());
         data.calib_samples = Some(1);
     }
+    if let Some(path) = data.calib.as_ref().filter(|p| p.as_os_str() != "random" && !p.exists()) {
+        let message = format!("--calib {}: there is no such file", path.display());
+        return Err(Error::Calibration { message, help: None });
+    }
     let open = || Calibration::open(&data, m, cx.registry.ops(), &cx.term);
     let calibration = (needed || args.debug.check).then(open).transpose();
     let calibration = calibration.map_err(|e| Error::Calibration { message: e.message, help: e.help })?;

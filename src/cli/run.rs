@@ -5,6 +5,7 @@ use crate::calibrate::positive;
 use crate::data::{inputs, npz};
 use crate::driver;
 use crate::error::Error;
+use crate::files;
 use crate::report::paint::{Table, seconds};
 use dialects::exec::{ExecError, Executor, run_once};
 use dialects::ir::interp::Interpreter;
@@ -76,6 +77,14 @@ struct Out {
 }
 
 pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
+    if let Some(path) = &args.output {
+        let from = args.inputs.files().chain([args.model.clone()]).collect::<Vec<_>>();
+        files::refuse_overwrite(path, &from)?;
+        if path.extension().is_none_or(|e| e != "npz") {
+            let message = format!("-o {}: values are written as .npz", path.display());
+            return Err(Error::usage(message, "give the output a name that ends in .npz"));
+        }
+    }
     let m = driver::read(&args.model, &cx.registry)?;
     let wanted = wanted(args, &m)?;
     let given = args.inputs.read(&m, cx.registry.ops(), &cx.term)?;

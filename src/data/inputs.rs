@@ -71,6 +71,11 @@ impl Options {
         Ok(Inputs { values, made: None })
     }
 
+    /// The files that are read.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> + '_ {
+        self.input.iter().map(|given| split(given).1.into())
+    }
+
     fn made(&self, m: &Module, ops: &Ops, term: &Term) -> Result<Inputs, Error> {
         if free_inputs(m).next().is_none() {
             return Ok(Inputs { values: Vec::new(), made: None });
@@ -90,11 +95,24 @@ impl Options {
     }
 }
 
+/// The name of the input, if one is given, and the file. What stands before `=` is a name unless it is part of a path.
+fn split(given: &str) -> (Option<&str>, &str) {
+    match given.split_once('=') {
+        Some((name, path)) if !Path::new(given).exists() => (Some(name), path),
+        _ => (None, given),
+    }
+}
+
 /// What one `--input` gives.
 fn one(given: &str, m: &Module) -> Result<Vec<(Value, Item)>, Error> {
     let data = |e: &dyn std::fmt::Display| Error::Data(e.to_string());
-    let Some((name, path)) = given.split_once('=') else {
-        let path = Path::new(given);
+    let (name, path) = split(given);
+    let Some(name) = name else {
+        let path = Path::new(path);
+        if path.extension().is_none_or(|e| e != "npz") {
+            let message = format!("--input {given}: which input is it?");
+            return Err(Error::usage(message, "give NAME=FILE, or an .npz archive whose arrays are named"));
+        }
         let (arrays, names) = npy::read_npz(path, |name| input(m, name).is_ok()).map_err(|e| data(&e))?;
         if arrays.is_empty() {
             let found = names.join(", ");

@@ -83,6 +83,15 @@ class Calibration(unittest.TestCase):
         self.assertIn("random tokens", self.said("--calib", "random", "--calib-samples", 2)["calibration"])
         self.assertIn("--calib", self.error(model=shared("magika/standard_v3_3.onnx")))
 
+    def test_a_short_context_is_found(self):
+        """This model has 11 positions, which it does not say."""
+        said = self.said(model=shared("nano_sort_gpt/legacy_sdpa_op17.onnx"))
+        self.assertIn("32 x 8 tokens sampled from the model itself", said["calibration"])
+
+    def test_a_file_that_is_not_there_is_missed_even_if_no_pass_reads_it(self):
+        message = qcc(MODEL, "--pass", "rtn,pack-int4", "-o", self.out, "--calib", "none.npy", fails=1)
+        self.assertIn("there is no such file", message)
+
     def test_bad_input(self):
         calib = ["--calib", self.dir / "bad.npy"]
         self.save("bad.npy", np.full((1, 4), 4096))

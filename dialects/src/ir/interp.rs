@@ -20,7 +20,7 @@ const CONST_BUDGET: u64 = 1 << 30;
 /// Iterations that a Loop makes at most, unless told otherwise: a loop over the samples of minutes of audio ends
 /// before, one whose condition never fails is found within a minute. What the iterations collect, in scan outputs or in
 /// a sequence, is bounded as the size of a tensor is.
-pub const MAX_ITERATIONS: u64 = 1 << 24;
+pub const MAX_ITERATIONS: u64 = 1 << 20;
 
 /// Runs modules op by op.
 pub struct Interpreter {

@@ -3,7 +3,7 @@
 //! Source: the ONNX operator specification; MatMul follows `numpy.matmul`.
 
 use super::util;
-use crate::ir::{Attrs, Dim, Type};
+use crate::ir::{Attrs, Dim, Elem, Type};
 use crate::kernels::gemm::{self, Mat, Scalar};
 use crate::kernels::strided;
 use crate::ops::{EvalCx, Evaluated, Fact, InferCx, Inferred, OpDef, OpError};
@@ -36,8 +36,18 @@ pub(crate) fn matmul_dims(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, OpError> {
     Ok(dims)
 }
 
+/// The element type that both factors have.
+fn one_elem(cx: &InferCx) -> Result<Option<Elem>, OpError> {
+    match (cx.elem(0), cx.elem(1)) {
+        (Some(a), Some(b)) if a != b => {
+            Err(OpError::invalid(format!("the factors have different types, {a} and {b}")))
+        }
+        (a, b) => Ok(a.or(b)),
+    }
+}
+
 fn infer_matmul(cx: &InferCx) -> Inferred {
-    let Some(elem) = cx.elem(0).or(cx.elem(1)) else { return Ok(Vec::new()) };
+    let Some(elem) = one_elem(cx)? else { return Ok(Vec::new()) };
     let dims = cx.dims(0).zip(cx.dims(1)).map(|(a, b)| matmul_dims(a, b));
     util::one(Some(elem), dims.transpose()?)
 }
@@ -157,7 +167,7 @@ fn transposed(attrs: &Attrs) -> (bool, bool) {
 }
 
 fn infer_gemm(cx: &InferCx) -> Inferred {
-    let Some(elem) = cx.elem(0).or(cx.elem(1)) else { return Ok(Vec::new()) };
+    let Some(elem) = one_elem(cx)? else { return Ok(Vec::new()) };
     let (ta, tb) = transposed(cx.attrs);
     // Before opset 7 the operands are matrices too; anything else is wrong.
     let pick = |i: usize, swap: bool| -> Result<[Dim; 2], OpError> {
@@ -252,8 +262,24 @@ where
 
 #[cfg(test)]
 mod tests {
+    use crate::ir::Type;
+    use crate::tensor::Tensor;
+    use crate::testing::{Case, check};
+
     #[test]
     fn agrees_with_the_references() {
-        crate::testing::check("matmul");
+        check("matmul");
+    }
+
+    #[test]
+    fn factors_of_different_types_are_refused() {
+        let a = Tensor::new(&[1, 1], vec![1i64]).unwrap();
+        let b = Tensor::new(&[1, 1], vec![1f32]).unwrap();
+        for op in ["onnx.MatMul", "onnx.Gemm"] {
+            let case = Case::new(op, 21, &[], vec![Some(a.clone()), Some(b.clone())]);
+            let e = case.infer(&case.facts(|_, t| Type::of_shape(t.elem(), t.shape()), true)).unwrap_err();
+            assert!(e.to_string().contains("different types, i64 and f32"), "{e}");
+            assert!(case.eval(false).is_err());
+        }
     }
 }

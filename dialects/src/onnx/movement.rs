@@ -256,7 +256,7 @@ fn expanded(shape: &[usize], to: &[usize]) -> Result<View, OpError> {
 fn eval_expand(cx: &EvalCx) -> Evaluated {
     let t = cx.input(0)?;
     let view = expanded(t.shape(), &shape_of(&cx.input(1)?.to_i64()?)?)?;
-    if view.shape.iter().product::<usize>() == t.len() {
+    if count(&view.shape)? == t.len() {
         return cx.one(t.reshape(&view.shape)?);
     }
     cx.one(view.read(t)?)
@@ -443,3 +443,20 @@ pub const OPS: &[OpDef] = &[
         ..OpDef::NEW
     },
 ];
+
+#[cfg(test)]
+mod tests {
+    use crate::tensor::Tensor;
+    use crate::testing::Case;
+
+    #[test]
+    fn a_shape_that_overflows_is_refused() {
+        let x = Tensor::new(&[1], vec![1f32]).unwrap();
+        for shape in [vec![1i64 << 31; 3], vec![1 << 62, 4, 1]] {
+            let shape = Tensor::new(&[3], shape).unwrap();
+            let case = Case::new("onnx.Expand", 21, &[], vec![Some(x.clone()), Some(shape)]);
+            let e = case.eval(false).unwrap_err();
+            assert!(e.to_string().contains("too many elements"), "{e}");
+        }
+    }
+}
