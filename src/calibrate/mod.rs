@@ -280,7 +280,7 @@ impl Opening<'_> {
         let mut len = lm.len.unwrap_or(len);
         let asked = lm.len.is_some() || self.options.seq_len.is_some();
         // A model of a short context fails on more tokens than it has positions.
-        while !asked && len > SHORTEST && lm.probe(self.exec, self.m, len).is_err() {
+        while !asked && len > SHORTEST && !lm.takes(self.exec, self.m, len) {
             len /= 2;
         }
         let seed = self.options.seed;

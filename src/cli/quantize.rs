@@ -245,9 +245,9 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
         data.calib = Some("random".into());
         data.calib_samples = Some(1);
     }
-    if let Some(path) = data.calib.as_ref().filter(|p| p.as_os_str() != "random" && !p.exists()) {
-        let message = format!("--calib {}: there is no such file", path.display());
-        return Err(Error::Calibration { message, help: None });
+    // A file that no pass asks for is a mistake all the same when it is not there.
+    if let Some(path) = data.calib.as_ref().filter(|p| p.as_os_str() != "random") {
+        files::map(path)?;
     }
     let open = || Calibration::open(&data, m, cx.registry.ops(), &cx.term);
     let calibration = (needed || args.debug.check).then(open).transpose();

@@ -161,6 +161,12 @@ impl Lm {
         self.inputs.iter().map(|f| (f.name().clone(), f.tensor(ids, len, self.past))).collect()
     }
 
+    /// Whether a run takes rows of `len` tokens.
+    pub fn takes(&self, exec: &dyn Executor, m: &Module, len: usize) -> bool {
+        let ids = vec![0; self.batch.unwrap_or(1) * len];
+        run_once(exec, m, &inputs_of(m, self.batch_of(&ids, len)), &m.regions[m.top].results).is_ok()
+    }
+
     /// How many rows of `len` tokens a run takes. Some models declare a symbolic batch and then fail on one, or compute
     /// something else for a row in company than for the row alone: those take one row, and the reason is returned.
     pub fn probe(
