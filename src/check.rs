@@ -176,7 +176,7 @@ fn tensor_error(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 /// |a - b| / |a|. Equal infinities and NaN in both count as equal.
-fn relative(pairs: impl Iterator<Item = (f64, f64)>) -> f64 {
+pub(crate) fn relative(pairs: impl Iterator<Item = (f64, f64)>) -> f64 {
     let (mut off, mut norm) = (0.0f64, 0.0f64);
     for (a, b) in pairs {
         if a == b || (a.is_nan() && b.is_nan()) {

@@ -7,6 +7,7 @@ use crate::error::Error;
 use crate::model;
 use crate::pipeline::{Pipeline, nearest};
 use crate::qir;
+use crate::report::paint::count;
 use crate::{Registry, term::Term};
 use dialects::exec::ExecError;
 use dialects::ir::{Diagnostic, Module, infer, verify};
@@ -103,8 +104,7 @@ pub fn run(
     let driver = Driver { pipeline, registry, env, options };
     let mut outcome = Outcome::default();
     if let n @ 1.. = passes::linear::kept(m) {
-        let weights = if n == 1 { "weight" } else { "weights" };
-        outcome.report.note(format!("already quantized: {n} {weights} kept"));
+        outcome.report.note(format!("already quantized: {} kept", count(n, "weight")));
     }
     for number in 1..=pipeline.steps.len() {
         let name = pipeline.steps[number - 1].pass.name();

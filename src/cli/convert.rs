@@ -9,7 +9,7 @@ use crate::files;
 use crate::model::{self, Format, Loaded, SaveOptions};
 use crate::pipeline::Pipeline;
 use crate::report::paint::bytes;
-use dialects::ir::Module;
+use dialects::ir::{Diagnostic, Module};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -34,10 +34,12 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let Loaded { mut module, mut warnings, files: read } = model::load(&args.model)?;
     files::refuse_overwrite(&args.output, &read)?;
     // A broken model may be wanted as text, to look at.
-    let found = driver::verify(&mut module.clone(), &cx.registry);
+    let mut typed = module.clone();
+    let found = driver::verify(&mut typed, &cx.registry);
     warnings.extend(found.iter().map(|d| format!("{} is not valid: {d}", args.model.display())));
     if let Some(n) = args.opset {
-        raise(&mut module, n, args, cx)?;
+        raise(&mut typed, found, n, args, cx)?;
+        module = typed;
     }
     let format = args.emit.unwrap_or_else(|| Format::of(&args.output));
     let before = model::total_size(&read);
@@ -63,14 +65,14 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     print(&format!("{model} ({}) -> {output} ({})\n", bytes(before), bytes(after)))
 }
 
-/// Writes the module against operator set `n`; what has no form there is an error that names its node.
-fn raise(m: &mut Module, n: i64, args: &Args, cx: &Context) -> Result<(), Error> {
+/// Writes the module, in which `found` is wrong, against operator set `n`; what has no form there is an error that names
+/// its node.
+fn raise(m: &mut Module, found: Vec<Diagnostic>, n: i64, args: &Args, cx: &Context) -> Result<(), Error> {
     let was = m.opset("onnx");
     if was > n {
         let message = format!("--opset {n}: the model is written against {was}, and is not lowered");
         return Err(Error::Usage { message, help: None });
     }
-    let found = driver::verify(m, &cx.registry);
     if !found.is_empty() {
         return Err(Error::Invalid { path: args.model.clone(), found });
     }

@@ -5,6 +5,7 @@
 
 use super::run::{With, numbers, top_values};
 use super::{Context, painter, print};
+use crate::check;
 use crate::data::inputs;
 use crate::driver;
 use crate::error::Error;
@@ -83,7 +84,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let exec = args.with.executor(cx);
     let pairs = pairs(&a, &b);
     let values = compare(&exec, (&a, &given.values, &args.a), (&b, &given_b, &args.b), &pairs)?;
-    let first = values.iter().position(|d| d.relative > args.tolerance || d.relative.is_nan());
+    let first = values.iter().position(|d| d.relative > args.tolerance);
     let outputs = a.regions[a.top].results.iter().map(|&v| &*a.values[v].name);
     let found = Found {
         compared: values.len(),
@@ -211,19 +212,15 @@ fn errors(x: &Tensor, y: &Tensor) -> (f64, f64) {
         return (0.0, 0.0);
     }
     let (x, y) = (numbers(x), numbers(y));
-    let (mut square, mut norm, mut most) = (0.0f64, 0.0f64, 0.0f64);
     if x.len() != y.len() || x.is_empty() {
         return (f64::INFINITY, f64::INFINITY);
     }
-    for (x, y) in x.iter().zip(&y) {
-        let same = x == y || x.is_nan() && y.is_nan();
-        let gap = if same { 0.0 } else { (x - y).abs() };
-        let gap = if gap.is_nan() { f64::INFINITY } else { gap };
-        most = most.max(gap);
-        square += gap * gap;
-        norm += if x.is_finite() { x * x } else { 0.0 };
-    }
-    let relative = if square == 0.0 { 0.0 } else { (square / norm).sqrt() };
+    let pairs = || x.iter().copied().zip(y.iter().copied());
+    let infinite = |e: f64| if e.is_nan() { f64::INFINITY } else { e };
+    let relative = infinite(check::relative(pairs()));
+    let gap =
+        |(x, y): (f64, f64)| if x == y || x.is_nan() && y.is_nan() { 0.0 } else { infinite((x - y).abs()) };
+    let most = pairs().map(gap).fold(0.0, f64::max);
     (relative, most)
 }
 
