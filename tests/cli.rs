@@ -2,48 +2,14 @@
 //!
 //! `cargo insta accept`, or `INSTA_UPDATE=always` around the test, takes over a changed text.
 
+#[path = "common/program.rs"]
+mod program;
+
+use program::{Folder, MODEL, ok, qcc};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use tempfile::TempDir;
-
-/// What a run gave.
-struct Ran {
-    code: i32,
-    stdout: String,
-    stderr: String,
-}
-
-/// Runs the program in the folder of the test models.
-fn qcc(args: &[&str]) -> Ran {
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/models");
-    let out = Command::new(env!("CARGO_BIN_EXE_qcc")).args(args).current_dir(models).output().unwrap();
-    Ran {
-        code: out.status.code().unwrap(),
-        stdout: String::from_utf8(out.stdout).unwrap(),
-        stderr: String::from_utf8(out.stderr).unwrap(),
-    }
-}
-
-/// Runs the program, which must succeed, and gives its stdout.
-fn ok(args: &[&str]) -> String {
-    let ran = qcc(args);
-    assert_eq!(ran.code, 0, "qcc {}\n{}", args.join(" "), ran.stderr);
-    ran.stdout
-}
-
-/// A folder for outputs, and a path in it.
-struct Folder(TempDir);
 
 impl Folder {
-    fn new() -> Folder {
-        Folder(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().unwrap().to_string()
-    }
-
     fn names(&self) -> Vec<String> {
         let mut names: Vec<String> =
             fs::read_dir(&self.0).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
@@ -51,8 +17,6 @@ impl Folder {
         names
     }
 }
-
-const MODEL: &str = "tinylm.onnx";
 
 /// Compares with the stored text; times and paths of temporary folders do not count.
 fn snapshot(name: &str, text: &str) {

@@ -1,44 +1,27 @@
 //! `qcc run`, `qcc diff` and `qcc convert`, from outside, on the small model of `testdata` and on models made here.
 
+#[path = "common/program.rs"]
+mod program;
+
 use npyz::npz::NpzArchive;
+use program::{Folder, MODEL, ok, qcc};
 use std::path::Path;
-use std::process::Command;
-use tempfile::TempDir;
-
-const MODEL: &str = "tinylm.onnx";
-
-/// Runs the program in the folder of the test models: exit status, stdout, stderr.
-fn qcc(args: &[&str]) -> (i32, String, String) {
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/models");
-    let out = Command::new(env!("CARGO_BIN_EXE_qcc")).args(args).current_dir(models).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
-}
-
-fn ok(args: &[&str]) -> String {
-    let (code, stdout, stderr) = qcc(args);
-    assert_eq!(code, 0, "qcc {}\n{stderr}", args.join(" "));
-    stdout
-}
 
 /// Runs the program, which must fail with bad input or a wrong command line, and gives what it says.
 fn refused(args: &[&str]) -> String {
-    let (code, stdout, stderr) = qcc(args);
-    assert!(code == 1 || code == 2, "qcc {}: exit {code}\n{stdout}{stderr}", args.join(" "));
-    stderr.split_whitespace().collect::<Vec<_>>().join(" ")
+    let ran = qcc(args);
+    assert!(
+        ran.code == 1 || ran.code == 2,
+        "qcc {}: exit {}\n{}{}",
+        args.join(" "),
+        ran.code,
+        ran.stdout,
+        ran.stderr
+    );
+    ran.stderr.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-struct Folder(TempDir);
-
 impl Folder {
-    fn new() -> Folder {
-        Folder(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().unwrap().to_string()
-    }
-
     /// A module of text, written to a file.
     fn module(&self, name: &str, text: &str) -> String {
         std::fs::write(self.path(name), text).unwrap();
