@@ -8,7 +8,7 @@ use crate::linear::{Form, Weighted, find};
 use crate::{Filter, PassCx};
 use dialects::ir::interp::Interpreter;
 use dialects::ir::{Module, Op, Value};
-use dialects::ops::{Item, Ops};
+use dialects::ops::Item;
 use dialects::tensor::Tensor;
 use std::collections::{HashMap, HashSet};
 
@@ -34,6 +34,7 @@ const SMALL: &[&str] = &[
 
 /// Makes constants of the computed weights that `filter` admits and whose ops read them in one of `forms`.
 pub fn fold(m: &mut Module, cx: &mut PassCx, filter: &Filter, forms: &[Form]) {
+    let exec = Interpreter::new(cx.ops.clone()).exact(true);
     let mut made: HashMap<([u8; 32], Vec<u64>), Value> = HashMap::new();
     for weighted in find(m) {
         let Weighted::Other { op, weight, computed: Some((i, form)), .. } = weighted else { continue };
@@ -43,7 +44,7 @@ pub fn fold(m: &mut Module, cx: &mut PassCx, filter: &Filter, forms: &[Form]) {
             continue;
         }
         let Some(operand) = data.operand(i) else { continue };
-        let Some(konst) = evaluate(m, cx.ops, operand).map(|t| t.to_const()) else { continue };
+        let Some(konst) = evaluate(m, &exec, operand).map(|t| t.to_const()) else { continue };
         let Ok(hash) = konst.hash() else { continue };
         let key = (hash, konst.dims.clone());
         let value = match made.get(&key) {
@@ -61,11 +62,10 @@ pub fn fold(m: &mut Module, cx: &mut PassCx, filter: &Filter, forms: &[Form]) {
 }
 
 /// What a value is that depends on constants alone; `None` where that cannot be found, or would take too much.
-fn evaluate(m: &Module, ops: &Ops, v: Value) -> Option<Tensor> {
+fn evaluate(m: &Module, exec: &Interpreter, v: Value) -> Option<Tensor> {
     let (order, leaves) = cone(m, v)?;
     let limit = leaves.iter().filter_map(|&v| Some(m.consts[m.const_of(v)?].byte_len())).sum::<u64>();
     let limit = limit.checked_mul(4)?.checked_add(SPARE)?;
-    let exec = Interpreter::new(ops.clone()).exact(true);
     let mut known: HashMap<Value, Item> = HashMap::new();
     for &v in &leaves {
         known.insert(v, Tensor::from_const(&m.consts[m.const_of(v)?]).ok()?.into());
