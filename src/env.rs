@@ -3,6 +3,7 @@
 use crate::calibrate::{CalibError, Calibration};
 use crate::data::lm::inputs_of;
 use crate::files;
+use crate::resume::Folder;
 use crate::term::Term;
 use bytes::Bytes;
 use dialects::exec::{ExecError, Executor};
@@ -10,7 +11,7 @@ use dialects::ir::interp::Interpreter;
 use dialects::ir::{Module, TensorSource, Value};
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
-use passes::{CalibSink, Env, PassError, Progress, Scratch};
+use passes::{CalibSink, Env, PassError, Progress, Scratch, Store};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -27,6 +28,8 @@ pub struct DriverEnv {
     pub scratch: PathBuf,
     /// Calibration data, when a pass of the pipeline needs it.
     pub calibration: Option<Calibration>,
+    /// Where finished work is kept.
+    pub store: Option<Folder>,
     /// Weights as they were before they were quantized, for `--check`; `None` keeps none.
     pub originals: Option<Mutex<Vec<(Value, Tensor)>>>,
 }
@@ -62,10 +65,20 @@ impl Env for DriverEnv {
         self.term.task(task, total)
     }
 
-    fn quantized(&self, value: Value, weight: &dyn Fn() -> Tensor) {
+    fn quantized(
+        &self,
+        value: Value,
+        weight: &dyn Fn() -> Result<Tensor, PassError>,
+    ) -> Result<(), PassError> {
         if let Some(kept) = &self.originals {
-            kept.lock().unwrap_or_else(|e| e.into_inner()).push((value, weight()));
+            let weight = weight()?;
+            kept.lock().unwrap_or_else(|e| e.into_inner()).push((value, weight));
         }
+        Ok(())
+    }
+
+    fn store(&self) -> Option<&dyn Store> {
+        self.store.as_ref().map(|s| s as &dyn Store)
     }
 }
 

@@ -295,6 +295,7 @@ impl<'a> Case<'a> {
             term: Term::new(true),
             scratch: std::env::temp_dir(),
             calibration,
+            store: None,
             originals: None,
         };
         let options = Options { settings: self.settings()?, ..Options::default() };

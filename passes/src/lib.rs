@@ -21,6 +21,7 @@ pub mod raise_opset;
 pub mod report;
 pub mod rewrite;
 pub mod rtn;
+pub mod store;
 pub mod tied;
 
 use dialects::exec::ExecError;
@@ -30,6 +31,7 @@ use dialects::tensor::Tensor;
 pub use report::{Report, WeightReport};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeSet;
+pub use store::Store;
 use thiserror::Error;
 
 /// Whether a pass keeps the function that a model computes.
@@ -106,7 +108,18 @@ pub trait Env: Sync {
 
     /// A quantizing pass put `value` in the place of a float weight that `weight` makes, of as many elements in the
     /// same order. By it the driver tells what a pass rewired from what it rounded.
-    fn quantized(&self, _value: Value, _weight: &dyn Fn() -> Tensor) {}
+    fn quantized(
+        &self,
+        _value: Value,
+        _weight: &dyn Fn() -> Result<Tensor, PassError>,
+    ) -> Result<(), PassError> {
+        Ok(())
+    }
+
+    /// Where finished work is kept between runs, if the user gave a place.
+    fn store(&self) -> Option<&dyn Store> {
+        None
+    }
 }
 
 /// Receives each wanted value of each calibration batch.
