@@ -11,7 +11,7 @@ use dialects::ir::interp::Interpreter;
 use dialects::ir::{Module, TensorSource, Value};
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
-use passes::{CalibSink, Env, PassError, Progress, Scratch, Store};
+use passes::{CalibSink, Env, PassError, Progress, Scratch};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -26,10 +26,10 @@ pub struct DriverEnv {
     pub term: Term,
     /// The folder for scratch files; the output's, so that they share its disk.
     pub scratch: PathBuf,
+    /// Where finished work is kept, if the user named a folder.
+    pub store: Option<Folder>,
     /// Calibration data, when a pass of the pipeline needs it.
     pub calibration: Option<Calibration>,
-    /// Where finished work is kept.
-    pub store: Option<Folder>,
     /// Weights as they were before they were quantized, for `--check`; `None` keeps none.
     pub originals: Option<Mutex<Vec<(Value, Tensor)>>>,
 }
@@ -77,8 +77,8 @@ impl Env for DriverEnv {
         Ok(())
     }
 
-    fn store(&self) -> Option<&dyn Store> {
-        self.store.as_ref().map(|s| s as &dyn Store)
+    fn store(&self) -> Option<&dyn passes::Store> {
+        self.store.as_ref().map(|s| s as &dyn passes::Store)
     }
 }
 

@@ -294,8 +294,8 @@ impl<'a> Case<'a> {
             ops: registry.ops().clone(),
             term: Term::new(true),
             scratch: std::env::temp_dir(),
-            calibration,
             store: None,
+            calibration,
             originals: None,
         };
         let options = Options { settings: self.settings()?, ..Options::default() };

@@ -89,8 +89,8 @@ fn exact_passes_keep_the_function() {
         ops: registry.ops().clone(),
         term: Term::new(true),
         scratch: std::env::temp_dir(),
-        calibration: None,
         store: None,
+        calibration: None,
         originals: None,
     };
     let settings = Settings { allow_noop: true, ..Settings::default() };

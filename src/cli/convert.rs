@@ -81,8 +81,8 @@ fn raise(m: &mut Module, found: Vec<Diagnostic>, n: i64, args: &Args, cx: &Conte
         ops: cx.registry.ops().clone(),
         term: cx.term,
         scratch: std::env::temp_dir(),
-        calibration: None,
         store: None,
+        calibration: None,
         originals: None,
     };
     driver::run(m, &pipeline, &cx.registry, &env, &driver::Options::default())?;

@@ -276,8 +276,8 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
         ops: cx.registry.ops().clone(),
         term: cx.term,
         scratch: beside.map_or_else(std::env::temp_dir, Path::to_owned),
-        calibration,
         store: store.transpose()?,
+        calibration,
         originals: args.debug.check.then(Default::default),
     })
 }
