@@ -251,7 +251,7 @@ impl Entry {
             equal("inputs", l.k, part.k)?;
             let (codes, groups) = part.lens()?;
             equal("bytes of codes", codes, part.codes.len())?;
-            equal("bytes of scales", groups * part.scale_type()?.bits() / 8, part.scales.len())?;
+            equal("bytes of scales", groups * (part.scale_type()?.bits() / 8), part.scales.len())?;
             if let Some(z) = &part.zero_points {
                 equal("zero points", groups, z.len())?;
             }
