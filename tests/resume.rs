@@ -13,9 +13,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 /// Tokens that calibrate; few, since debug builds run this too.
-const DATA: &[&str] = &["--calib", "calib_ids.npy", "--calib-samples", "8", "--seq-len", "32"];
+const DATA: &[&str] = &["--calib", "calib_ids.npy", "--calib-samples", "4", "--seq-len", "32"];
 
-const PASSES: &[&str] = &["--pass", "awq,pack-int4"];
+const PASSES: &[&str] = &["--pass", "awq{grid=6},pack-int4"];
 
 fn start(args: &[&str]) -> Child {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/models");
