@@ -10,8 +10,10 @@ pub mod dce;
 pub mod eqsat;
 pub mod fold_scales;
 pub mod gemm;
+pub mod gptq;
 pub mod gram;
 pub mod grid;
+pub mod group;
 pub mod linear;
 pub mod pack_int4;
 pub mod pack_qdq;
@@ -214,6 +216,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
+    || PassDef::of::<gptq::Gptq>("gptq"),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
     || PassDef::of::<raise_opset::RaiseOpset>("raise-opset"),
