@@ -10,9 +10,11 @@ use crate::eqsat::{self, Placement};
 use crate::gram::{self, Gram, quadratic_of};
 use crate::group::{self, Group, Rows, groups, output_error};
 use crate::grid::{self, Clip, Float, Layout, Matrix, Parts, Quantizer};
+use crate::qtensor::QTensor;
 use crate::quantize::{
     GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix, scale_type,
 };
+use crate::store::{Finished, Key, Work};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::{Module, Op, OpBuilder, Use, Value};
 use dialects::tensor::Tensor;
@@ -77,48 +79,76 @@ impl Pass for Awq {
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
         self.options.check(NAME)?;
-        each(m, cx, NAME, &self.filter, false, |m, cx, weights| self.all(m, cx, weights))
+        let work = Work::begin(m, cx, NAME, self)?;
+        each(m, cx, NAME, &self.filter, false, |m, cx, weights| self.all(m, cx, weights, &work))
     }
 }
 
 impl Awq {
-    fn all(&self, m: &mut Module, cx: &mut PassCx, weights: Vec<Shared>) -> Result<(), PassError> {
-        let groups = groups(m, weights);
+    fn all(
+        &self,
+        m: &mut Module,
+        cx: &mut PassCx,
+        weights: Vec<Shared>,
+        work: &Work,
+    ) -> Result<(), PassError> {
+        let keyed = |g: Group| (work.key(m, &g.weights), g);
+        let groups: Vec<(Key, Group)> = groups(m, weights).into_iter().map(keyed).collect();
         let first = cx.report.weights.len();
         let progress = cx.env.progress(NAME, groups.len() as u64);
         // Backwards: a scale lands in weights before its linear, which must be float still, and leaves the
         // activations before them as they were.
-        let backwards = groups.iter().rev().map(|g| (g.x, g.k)).collect();
-        for run in gram::runs(backwards, |&(_, k)| k, gram::BUDGET) {
-            let mut grams = gram::collect(m, cx, &run, NAME)?;
-            for (x, k) in run {
-                let gram = grams.remove(&x).expect("every wanted value was collected");
-                self.group(m, cx, x, k, &gram)?;
+        let backwards = groups.into_iter().rev().collect();
+        for run in gram::runs(backwards, |(_, g)| g.k, gram::BUDGET) {
+            // Finished groups change the module only once the data of the others is gathered, as if none were finished.
+            let find = |(key, g): &(Key, Group)| work.finished(m, cx, key, &g.weights);
+            let finished: Vec<Option<Finished>> = run.iter().map(find).collect::<Result<_, _>>()?;
+            let open = run.iter().zip(&finished).filter(|(_, done)| done.is_none());
+            let open: Vec<(Value, usize)> = open.map(|((_, g), _)| (g.x, g.k)).collect();
+            let mut grams = gram::collect(m, cx, &open, NAME)?;
+            for ((key, g), done) in run.iter().zip(finished) {
+                let group = current(m, cx, &self.filter, g)?;
+                let scale = match done {
+                    Some(done) => done.install(m, cx, NAME, &group.weights)?,
+                    None => {
+                        let gram = grams.remove(&g.x).expect("every wanted value was collected");
+                        let done = self.group(m, cx, &group, &gram)?;
+                        work.keep(key, &done)?;
+                        done.scale
+                    }
+                };
+                if let Some(scale) = scale {
+                    divide(m, cx, &group, &scale)?;
+                }
                 if !progress.advance(1) {
                     return Err(PassError::Env("interrupted".into()));
                 }
             }
         }
-        group::finish(m, cx, NAME, &self.filter, &self.options, first)
+        group::finish(m, cx, NAME, &work, &self.filter, &self.options, first)
     }
 }
 
+/// The group as it is now: folding a later group's scale may have put new ops in the place of its linears.
+fn current(m: &Module, cx: &mut PassCx, filter: &Filter, group: &Group) -> Result<Group, PassError> {
+    let weights = candidates(m, cx, filter, false);
+    let found = groups(m, weights).into_iter().find(|g| g.x == group.x && g.k == group.k);
+    found.ok_or_else(|| {
+        let why = "this is a bug: the linears that read it are gone".into();
+        PassError::At { pass: NAME, what: m.value_label(group.x), why }
+    })
+}
+
 impl Awq {
+    /// Quantizes the weights of a group, under a scale if one is worth it.
     fn group(
         &self,
         m: &mut Module,
         cx: &mut PassCx,
-        x: Value,
-        k: usize,
+        group: &Group,
         gram: &Gram,
-    ) -> Result<(), PassError> {
-        // Folding a later group's scale may have put new ops in the place of these linears.
-        let weights = candidates(m, cx, &self.filter, false);
-        let found = groups(m, weights).into_iter().find(|g| g.x == x && g.k == k);
-        let Some(group) = &found else {
-            let why = "this is a bug: the linears that read it are gone".into();
-            return Err(PassError::At { pass: NAME, what: m.value_label(x), why });
-        };
+    ) -> Result<Finished, PassError> {
+        let mark = cx.report.mark();
         let weights: Vec<Rows> = group.weights.iter().map(|w| group::rows(m, NAME, w)).collect::<Result<_, _>>()?;
         let placement = self.placement(m, cx, group);
         let (scale, notes) = match &placement {
@@ -136,9 +166,12 @@ impl Awq {
         let ones = vec![1.0; group.k];
         let s = scale.as_deref().unwrap_or(&ones);
         let exact = gram.to_f32();
+        let mut done = Vec::new();
         for (shared, w) in group.weights.iter().zip(weights) {
             let at = cx.report.weights.len();
-            let q = self.quantize(m, cx, shared, &w, s, gram, notes.clone())?;
+            let tensor = self.quantize(m, cx, shared, &w, s, gram, notes.clone())?;
+            let q = dequantize(&tensor)?;
+            done.push(tensor);
             let off = |from: usize, out: &mut [f32]| {
                 let at = from * group.k;
                 for (i, e) in out.iter_mut().enumerate() {
@@ -147,10 +180,7 @@ impl Awq {
             };
             cx.report.weights[at].output_error = output_error(&w, group.k, &exact, off);
         }
-        match scale {
-            Some(scale) => divide(m, cx, group, &scale),
-            None => Ok(()),
-        }
+        Ok(Finished { scale, weights: done, said: cx.report.since(&mark) })
     }
 
     /// The grid of a weight.
@@ -202,7 +232,7 @@ impl Awq {
         (tried[best].0 < WORTH * tried[0].0).then(|| tried.swap_remove(best).1)
     }
 
-    /// Quantizes one weight under the scale `s` and returns what its codes stand for, `[N, K]`.
+    /// Quantizes one weight under the scale `s`.
     #[allow(clippy::too_many_arguments)]
     fn quantize(
         &self,
@@ -213,7 +243,7 @@ impl Awq {
         s: &[f32],
         gram: &Gram,
         notes: Vec<String>,
-    ) -> Result<Vec<f32>, PassError> {
+    ) -> Result<QTensor, PassError> {
         let scaled = scaled(w, s);
         let bytes = bytemuck::cast_slice(&scaled);
         let matrix = Matrix { bytes, float: Float::F32, layout: Layout::Nk, n: w.n, k: gram.k };
@@ -229,7 +259,7 @@ impl Awq {
                 }
                 false => quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &grid::Rtn, notes)?,
             };
-        dequantize(&q.0)
+        Ok(q.0)
     }
 }
 

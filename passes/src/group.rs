@@ -4,6 +4,7 @@ use crate::gram::quadratic_of;
 use crate::grid;
 use crate::linear::Form;
 use crate::quantize::{GridOptions, Notes, Shared, candidates, quantize};
+use crate::store::Work;
 use crate::{Filter, PassCx, PassError};
 use dialects::ir::{Module, Value};
 use dialects::tensor::Tensor;
@@ -87,6 +88,7 @@ pub fn finish(
     m: &mut Module,
     cx: &mut PassCx,
     pass: &'static str,
+    work: &Work,
     filter: &Filter,
     options: &GridOptions,
     first: usize,
@@ -95,7 +97,9 @@ pub fn finish(
         let why = unwatched(m, &shared).unwrap_or("no activations of it were gathered");
         let notes = vec![format!("rounded to nearest: {why}")];
         let notes = Notes { method: "rtn".into(), output_error: None, notes };
-        quantize(m, cx, pass, &shared, options, &grid::Rtn, notes)?;
+        work.once(m, cx, &shared, |m, cx| {
+            quantize(m, cx, pass, &shared, options, &grid::Rtn, notes).map(|(q, _)| q)
+        })?;
     }
     let ops = m.live_ops();
     let place = |node: &str| ops.iter().position(|&op| *m.ops[op].loc == *node);

@@ -23,6 +23,7 @@ pub mod raise_opset;
 pub mod report;
 pub mod rewrite;
 pub mod rtn;
+pub mod store;
 pub mod tied;
 
 use dialects::exec::ExecError;
@@ -32,6 +33,7 @@ use dialects::tensor::Tensor;
 pub use report::{Report, WeightReport};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeSet;
+pub use store::Store;
 use thiserror::Error;
 
 /// Whether a pass keeps the function that a model computes.
@@ -100,6 +102,9 @@ pub trait Env: Sync {
     /// Fails when there is no calibration data, and says what to give.
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError>;
 
+    /// The calibration data before the first op, to be led through the model. Fails as [`Env::calibrate`] does.
+    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError>;
+
     /// How far the outputs of `m` are from those of the model before the pipeline, over the calibration data, or as much
     /// of it as the user wants to measure on. Fails when there is no such data.
     fn distance(&self, m: &Module) -> Result<Distance, PassError>;
@@ -112,7 +117,37 @@ pub trait Env: Sync {
 
     /// A quantizing pass put `value` in the place of a float weight that `weight` makes, of as many elements in the
     /// same order. By it the driver tells what a pass rewired from what it rounded.
-    fn quantized(&self, _value: Value, _weight: &dyn Fn() -> Tensor) {}
+    fn quantized(
+        &self,
+        _value: Value,
+        _weight: &dyn Fn() -> Result<Tensor, PassError>,
+    ) -> Result<(), PassError> {
+        Ok(())
+    }
+
+    /// Where finished work is kept between runs, if the user gave a place.
+    fn store(&self) -> Option<&dyn Store> {
+        None
+    }
+}
+
+/// Calibration data on its way through a model.
+pub trait Stream {
+    /// Leads the data from where it stands to the values `to` of the top region. The values `peek` are computed too, but
+    /// left behind: what leads from `to` to them is computed again by the next leg, and the module may be changed there
+    /// until then. The leg must be run to its end.
+    fn advance<'s>(
+        &'s mut self,
+        m: &'s Module,
+        to: &[Value],
+        peek: &[Value],
+    ) -> Result<Box<dyn Leg + 's>, PassError>;
+}
+
+/// One leg of that way.
+pub trait Leg {
+    /// Leads the next batch, and gives each of the values asked for to the sink. `false` when there is none left.
+    fn step(&mut self, sink: &mut CalibSink) -> Result<bool, PassError>;
 }
 
 /// How far a model's outputs are from those of another, the baseline.

@@ -98,7 +98,8 @@ impl Blocks {
                     "diag" => diagonal(&|i| cost.h[i * k + i]),
                     "one" => diagonal(&|_| 1.0),
                     "block" => own[g].clone(),
-                    _ => diagonal(&|i| conditional[i]),
+                    "cond" => diagonal(&|i| conditional[i]),
+                    _ => diagonal(&|_| 1.0),
                 }
             })
             .collect();

@@ -4,11 +4,16 @@ use crate::gram::Gram;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
 use faer::traits::ComplexField;
-use faer::{MatMut, Par};
+use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
+use faer::reborrow::ReborrowMut;
+use faer::{MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 /// The most that is added to the diagonal, in means of it; a matrix of activations is factored long before.
 const MOST_DAMP: f64 = 100.0;
+
+/// Outputs that one task solves for.
+const SOLVE_ROWS: usize = 64;
 
 /// A pivot is at least what was added to the diagonal. Where rounding took it below this part of it, single precision
 /// was not enough.
@@ -28,6 +33,8 @@ pub struct Cost {
     pub factor: Vec<f32>,
     /// What was added to the diagonal, in means of it.
     pub damp: f64,
+    /// `1 / mean(diag G)`.
+    unit: f32,
 }
 
 impl Cost {
@@ -52,11 +59,33 @@ impl Cost {
         while added <= MOST_DAMP {
             if let Some(factor) = single(&h, &order, added).or_else(|| double(&h, &order, added)) {
                 (0..k).for_each(|i| h[i * k + i] += added as f32);
-                return Some(Cost { k, h, order, factor, damp: added });
+                return Some(Cost { k, h, order, factor, damp: added, unit: unit as f32 });
             }
             added = (added * 10.0).max(1e-4);
         }
         None
+    }
+}
+
+impl Cost {
+    /// `W + P H^-1` for weights `W` and `P = D^T X`, both `[N, K]`: the weights that make up for the differences `D` of the
+    /// outputs that they should have and those that they have, as far as `H` lets them.
+    pub fn pulled(&self, w: &[f32], mut pull: Vec<f32>) -> Vec<f32> {
+        let k = self.k;
+        let factor = MatRef::from_row_major_slice(&self.factor, k, k);
+        pull.par_chunks_mut(SOLVE_ROWS * k).zip(w.par_chunks(SOLVE_ROWS * k)).for_each(|(pull, w)| {
+            let mut sides: Vec<f32> = Vec::with_capacity(pull.len());
+            for row in pull.chunks_exact(k) {
+                sides.extend(self.order.iter().map(|&i| row[i as usize] * self.unit));
+            }
+            let mut view = MatMut::from_column_major_slice_mut(&mut sides, k, pull.len() / k);
+            solve_lower_triangular_in_place(factor, view.rb_mut(), Par::Seq);
+            solve_upper_triangular_in_place(factor.transpose(), view, Par::Seq);
+            for ((out, w), side) in pull.chunks_exact_mut(k).zip(w.chunks_exact(k)).zip(sides.chunks_exact(k)) {
+                self.order.iter().zip(side).for_each(|(&i, d)| out[i as usize] = w[i as usize] + d);
+            }
+        });
+        pull
     }
 }
 
