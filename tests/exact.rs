@@ -91,6 +91,7 @@ fn exact_passes_keep_the_function() {
         scratch: std::env::temp_dir(),
         store: None,
         calibration: None,
+        baseline: None,
         originals: None,
     };
     let settings = Settings { allow_noop: true, ..Settings::default() };

@@ -8,11 +8,11 @@
 
 use crate::eqsat::{self, Placement};
 use crate::gram::{self, Gram, quadratic_of};
+use crate::group::{self, Group, Rows, groups, output_error};
 use crate::grid::{self, Clip, Float, Layout, Matrix, Parts, Quantizer};
-use crate::linear::Form;
 use crate::qtensor::QTensor;
 use crate::quantize::{
-    GridOptions, Notes, Shared, candidates, dequantize, each, quantize, quantize_matrix, scale_type,
+    GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix, scale_type,
 };
 use crate::store::{Finished, Key, Work};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
@@ -125,54 +125,8 @@ impl Awq {
                 }
             }
         }
-        for shared in candidates(m, cx, &self.filter, false) {
-            let why = unwatched(m, &shared).unwrap_or("no activations of it were gathered");
-            let notes = vec![format!("rounded to nearest: {why}")];
-            let notes = Notes { method: "rtn".into(), output_error: None, notes };
-            work.once(m, cx, &shared, |m, cx| {
-                quantize(m, cx, NAME, &shared, &self.options, &grid::Rtn, notes).map(|(q, _)| q)
-            })?;
-        }
-        let ops = m.live_ops();
-        let place = |node: &str| ops.iter().position(|&op| *m.ops[op].loc == *node);
-        cx.report.weights[first..].sort_by_cached_key(|w| place(&w.node));
-        Ok(())
+        group::finish(m, cx, NAME, &work, &self.filter, &self.options, first)
     }
-}
-
-/// Why the activations that a weight multiplies cannot be gathered.
-fn unwatched(m: &Module, w: &Shared) -> Option<&'static str> {
-    if w.uses.iter().any(|l| m.ops[l.op].region != m.top) {
-        return Some("activations inside the graphs of If, Loop and Scan are not gathered");
-    }
-    let columns = w.uses.iter().any(|l| l.form == Form::Columns);
-    columns.then_some("the channels of its activation are not the last dim (transA)")
-}
-
-/// Weights whose linears read one value.
-struct Group {
-    x: Value,
-    k: usize,
-    weights: Vec<Shared>,
-    /// Some weight is also multiplied with another value, and cannot be scaled for this one.
-    mixed: bool,
-}
-
-/// Groups weights by the value that they multiply, in program order, where it can be watched.
-fn groups(m: &Module, weights: Vec<Shared>) -> Vec<Group> {
-    let mut out: Vec<Group> = Vec::new();
-    for w in weights.into_iter().filter(|w| unwatched(m, w).is_none()) {
-        let x = w.first().x;
-        let mixed = w.uses.iter().any(|l| l.x != x);
-        match out.iter_mut().find(|g| g.x == x && g.k == w.first().k) {
-            Some(g) => {
-                g.mixed |= mixed;
-                g.weights.push(w);
-            }
-            None => out.push(Group { x, k: w.first().k, weights: vec![w], mixed }),
-        }
-    }
-    out
 }
 
 /// The group as it is now: folding a later group's scale may have put new ops in the place of its linears.
@@ -185,12 +139,6 @@ fn current(m: &Module, cx: &mut PassCx, filter: &Filter, group: &Group) -> Resul
     })
 }
 
-/// A float weight, `[N, K]` row-major.
-struct Rows {
-    n: usize,
-    values: Vec<f32>,
-}
-
 impl Awq {
     /// Quantizes the weights of a group, under a scale if one is worth it.
     fn group(
@@ -201,7 +149,7 @@ impl Awq {
         gram: &Gram,
     ) -> Result<Finished, PassError> {
         let mark = cx.report.mark();
-        let weights: Vec<Rows> = group.weights.iter().map(|w| rows(m, w)).collect::<Result<_, _>>()?;
+        let weights: Vec<Rows> = group.weights.iter().map(|w| group::rows(m, NAME, w)).collect::<Result<_, _>>()?;
         let placement = self.placement(m, cx, group);
         let (scale, notes) = match &placement {
             Err(why) => (None, vec![format!("no scale: {why}")]),
@@ -230,12 +178,7 @@ impl Awq {
                     *e = q[at + i] / s[i % group.k] - w.values[at + i];
                 }
             };
-            let plain = |from: usize, out: &mut [f32]| {
-                out.copy_from_slice(&w.values[from * group.k..][..out.len()]);
-            };
-            let error = quadratic_of(w.n, group.k, &exact, off);
-            let signal = quadratic_of(w.n, group.k, &exact, plain);
-            cx.report.weights[at].output_error = (signal > 0.0).then(|| (error.max(0.0) / signal).sqrt());
+            cx.report.weights[at].output_error = output_error(&w, group.k, &exact, off);
         }
         Ok(Finished { scale, weights: done, said: cx.report.since(&mark) })
     }
@@ -390,32 +333,6 @@ fn rounding_error(weights: &[Rows], gram: &[f32], s: &[f32], spec: &grid::Spec) 
         quadratic_of(w.n, k, gram, |from, out| out.copy_from_slice(&e[from * k..][..out.len()]))
     };
     weights.iter().map(error).sum()
-}
-
-/// The weight of a linear, `[N, K]`.
-fn rows(m: &Module, shared: &Shared) -> Result<Rows, PassError> {
-    let l = shared.first();
-    let fail = |why: String| PassError::At { pass: NAME, what: shared.label(m), why };
-    let t = Tensor::from_const(&m.consts[l.konst]).map_err(|e| fail(e.to_string()))?;
-    let values = t.to_f32().map_err(|e| fail(e.to_string()))?;
-    if let Some(i) = values.iter().position(|x| !x.is_finite()) {
-        let count = values.iter().filter(|x| !x.is_finite()).count();
-        return Err(fail(format!(
-            "{count} of {} weights are NaN or infinite, the first at {i}",
-            values.len()
-        )));
-    }
-    let values = match l.rows_are_outputs {
-        true => values.into_owned(),
-        false => {
-            let mut out = vec![0f32; l.n * l.k];
-            out.par_chunks_mut(l.k).enumerate().for_each(|(n, row)| {
-                row.iter_mut().enumerate().for_each(|(k, x)| *x = values[k * l.n + n]);
-            });
-            out
-        }
-    };
-    Ok(Rows { n: l.n, values })
 }
 
 /// At most [`SEARCH_ROWS`] rows, evenly spaced.

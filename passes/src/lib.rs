@@ -10,8 +10,10 @@ pub mod dce;
 pub mod eqsat;
 pub mod fold_scales;
 pub mod gemm;
+pub mod gptq;
 pub mod gram;
 pub mod grid;
+pub mod group;
 pub mod linear;
 pub mod pack_int4;
 pub mod pack_qdq;
@@ -100,6 +102,13 @@ pub trait Env: Sync {
     /// Fails when there is no calibration data, and says what to give.
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError>;
 
+    /// The calibration data before the first op, to be led through the model. Fails as [`Env::calibrate`] does.
+    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError>;
+
+    /// How far the outputs of `m` are from those of the model before the pipeline, over the calibration data, or as much
+    /// of it as the user wants to measure on. Fails when there is no such data.
+    fn distance(&self, m: &Module) -> Result<Distance, PassError>;
+
     /// A zeroed buffer of `len` bytes that does not count as anonymous memory when it is large.
     fn scratch(&self, len: usize) -> Result<Box<dyn Scratch>, PassError>;
 
@@ -120,6 +129,42 @@ pub trait Env: Sync {
     fn store(&self) -> Option<&dyn Store> {
         None
     }
+}
+
+/// Calibration data on its way through a model.
+pub trait Stream {
+    /// Leads the data from where it stands to the values `to` of the top region. The values `peek` are computed too, but
+    /// left behind: what leads from `to` to them is computed again by the next leg, and the module may be changed there
+    /// until then. The leg must be run to its end.
+    fn advance<'s>(
+        &'s mut self,
+        m: &'s Module,
+        to: &[Value],
+        peek: &[Value],
+    ) -> Result<Box<dyn Leg + 's>, PassError>;
+}
+
+/// One leg of that way.
+pub trait Leg {
+    /// Leads the next batch, and gives each of the values asked for to the sink. `false` when there is none left.
+    fn step(&mut self, sink: &mut CalibSink) -> Result<bool, PassError>;
+}
+
+/// How far a model's outputs are from those of another, the baseline.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Distance {
+    /// Mean Kullback-Leibler divergence of the model's distributions from the baseline's, in nats for each position. Of
+    /// several outputs it is the sum. Where an output is no distribution it is taken for the mean of one: a normal
+    /// distribution whose variance is the mean square of the baseline's output, which gives half of `error`.
+    pub kl: f64,
+    /// |y - y'|^2 / |y|^2 of the outputs `y` of the baseline, averaged over outputs; `None` of next tokens.
+    pub error: Option<f64>,
+    /// exp of the mean negative log-likelihood of the next token, of a causal language model on tokens.
+    pub perplexity: Option<f64>,
+    /// The baseline's.
+    pub baseline_perplexity: Option<f64>,
+    /// Distributions that were compared: predicting tokens, rows of classes, single numbers.
+    pub positions: u64,
 }
 
 /// Receives each wanted value of each calibration batch.
@@ -227,6 +272,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
+    || PassDef::of::<gptq::Gptq>("gptq"),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
     || PassDef::of::<raise_opset::RaiseOpset>("raise-opset"),

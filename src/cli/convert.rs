@@ -83,6 +83,7 @@ fn raise(m: &mut Module, found: Vec<Diagnostic>, n: i64, args: &Args, cx: &Conte
         scratch: std::env::temp_dir(),
         store: None,
         calibration: None,
+        baseline: None,
         originals: None,
     };
     driver::run(m, &pipeline, &cx.registry, &env, &driver::Options::default())?;
