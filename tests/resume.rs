@@ -85,6 +85,42 @@ fn killed_runs_end_as_one_that_was_not() {
     assert!(fs::read(&out).unwrap() == expected);
 }
 
+/// Whatever part of the work is finished, a run ends as one that finished nothing before.
+#[test]
+fn any_part_of_the_work_may_be_finished() {
+    let dir = Folder::new();
+    let (plain, out, kept) = (dir.path("plain.onnx"), dir.path("out.onnx"), dir.path("kept"));
+    let mut random = ChaCha8Rng::seed_from_u64(9);
+    for passes in ["gptq{sequential=layer}", "gptq{sequential=block}", "gptq{sequential=off}", "awq{grid=6}"]
+    {
+        let data = ["--calib", "calib_ids.npy", "--calib-samples", "2", "--seq-len", "24"];
+        // Not all layers: this runs in debug builds too.
+        let only = ["--only", "*linear_1*"];
+        let pipeline = format!("{passes},pack-int4");
+        let args = [&[MODEL, "--pass", &pipeline], &data[..], &only].concat();
+        ok(&[&args[..], &["-o", &plain]].concat());
+        let args = [&args[..], &["-o", &out, "--resume", &kept]].concat();
+        ok(&args);
+        let all = entries(&kept);
+        assert!(all.len() >= 5, "{passes}: {}", all.len());
+        for share in [0.2, 0.5, 0.9] {
+            let gone: Vec<&PathBuf> = all.iter().filter(|_| random.random_bool(share)).collect();
+            gone.iter().for_each(|path| fs::remove_file(path).unwrap());
+            let (taken, made) = (all.len() - gone.len(), gone.len());
+            let said = note(&args);
+            assert!(
+                said.ends_with(&format!("{taken} finished results taken from it, {made} kept in it")),
+                "{said}"
+            );
+            assert!(
+                fs::read(&out).unwrap() == fs::read(&plain).unwrap(),
+                "{passes} without {share} of its results"
+            );
+        }
+        fs::remove_dir_all(&kept).unwrap();
+    }
+}
+
 /// Entries that are cut, changed, empty or gone are made anew, and said.
 #[test]
 fn damaged_entries_are_made_anew() {

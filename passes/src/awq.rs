@@ -8,8 +8,8 @@
 
 use crate::eqsat::{self, Placement};
 use crate::gram::{self, Gram, quadratic_of};
-use crate::group::{self, Group, Rows, groups, output_error};
 use crate::grid::{self, Clip, Float, Layout, Matrix, Parts, Quantizer};
+use crate::group::{self, Group, Rows, groups, output_error};
 use crate::qtensor::QTensor;
 use crate::quantize::{
     GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix, scale_type,
@@ -149,7 +149,8 @@ impl Awq {
         gram: &Gram,
     ) -> Result<Finished, PassError> {
         let mark = cx.report.mark();
-        let weights: Vec<Rows> = group.weights.iter().map(|w| group::rows(m, NAME, w)).collect::<Result<_, _>>()?;
+        let weights: Vec<Rows> =
+            group.weights.iter().map(|w| group::rows(m, NAME, w)).collect::<Result<_, _>>()?;
         let placement = self.placement(m, cx, group);
         let (scale, notes) = match &placement {
             Err(why) => (None, vec![format!("no scale: {why}")]),

@@ -10,8 +10,8 @@ use crate::grid::compensate::{self, Method};
 use crate::grid::{self, Cost, Float, Layout, Matrix};
 use crate::group::{self, Group, groups, output_error};
 use crate::quantize::{GridOptions, Notes, Shared, dequantize, each, quantize_matrix, scale_type};
-use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use crate::store::{Finished, Key, Work};
+use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::Module;
 use sequential::{Pair, Seen};
 use serde::{Deserialize, Serialize};
@@ -221,15 +221,15 @@ impl Gptq {
             let bytes = bytemuck::cast_slice(&w.values);
             let matrix = Matrix { bytes, float: Float::F32, layout: Layout::Nk, n: w.n, k };
             let Some(cost) = &cost else {
-                let notes = vec!["rounded to nearest: its activations are zero on the calibration data".into()];
+                let notes =
+                    vec!["rounded to nearest: its activations are zero on the calibration data".into()];
                 let notes = Notes { method: "rtn".into(), notes, ..Notes::default() };
                 let q = quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &grid::Rtn, notes)?;
                 done.push(q.0);
                 continue;
             };
             let target = pull.map(|pull| cost.pulled(&w.values, pull));
-            let given =
-                compensate::quantize(target.as_deref().unwrap_or(&w.values), cost, &spec, &method);
+            let given = compensate::quantize(target.as_deref().unwrap_or(&w.values), cost, &spec, &method);
             let notes = Notes { method: NAME.into(), ..Notes::default() };
             let at = cx.report.weights.len();
             let (kept, _) = quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &given, notes)?;

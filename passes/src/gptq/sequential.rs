@@ -43,7 +43,9 @@ fn target(m: &Module, op: Op) -> Option<Value> {
         let [Use::Operand(next, index)] = uses.of(y) else { return Some(y) };
         let data = &m.ops[*next];
         let other = data.operand(1 - (*index).min(1));
-        let Some(other) = other.filter(|_| data.is("onnx.Add") && data.region == m.top) else { return Some(y) };
+        let Some(other) = other.filter(|_| data.is("onnx.Add") && data.region == m.top) else {
+            return Some(y);
+        };
         let sum = data.result(0)?;
         // A sum that spreads the output over more dims is another thing.
         let shape = |v: Value| m.ty(v).dims().map(|d| (d.len(), d.last().cloned()));
@@ -148,7 +150,9 @@ fn add_product(sum: &mut [f32], d: &[f32], x: &[f32], k: usize) {
 pub fn blocks(m: &Module, groups: &[Group]) -> Vec<usize> {
     let ops = &m.regions[m.top].ops;
     let place: HashMap<Op, usize> = ops.iter().enumerate().map(|(i, &op)| (op, i)).collect();
-    let linears = |g: &Group| g.weights.iter().flat_map(|w| &w.uses).filter_map(|l| place.get(&l.op).copied()).collect::<Vec<_>>();
+    let linears = |g: &Group| {
+        g.weights.iter().flat_map(|w| &w.uses).filter_map(|l| place.get(&l.op).copied()).collect::<Vec<_>>()
+    };
     let starts: Vec<usize> = groups.iter().map(|g| linears(g).into_iter().min().unwrap_or(0)).collect();
     let own: HashSet<usize> = groups.iter().flat_map(linears).collect();
     let mut last: HashMap<Value, usize> = HashMap::new();

@@ -3,9 +3,9 @@
 use crate::gram::Gram;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
-use faer::traits::ComplexField;
 use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
 use faer::reborrow::ReborrowMut;
+use faer::traits::ComplexField;
 use faer::{MatMut, MatRef, Par};
 use rayon::prelude::*;
 
@@ -81,7 +81,8 @@ impl Cost {
             let mut view = MatMut::from_column_major_slice_mut(&mut sides, k, pull.len() / k);
             solve_lower_triangular_in_place(factor, view.rb_mut(), Par::Seq);
             solve_upper_triangular_in_place(factor.transpose(), view, Par::Seq);
-            for ((out, w), side) in pull.chunks_exact_mut(k).zip(w.chunks_exact(k)).zip(sides.chunks_exact(k)) {
+            for ((out, w), side) in pull.chunks_exact_mut(k).zip(w.chunks_exact(k)).zip(sides.chunks_exact(k))
+            {
                 self.order.iter().zip(side).for_each(|(&i, d)| out[i as usize] = w[i as usize] + d);
             }
         });
