@@ -21,6 +21,9 @@ pub mod raise_opset;
 pub mod report;
 pub mod rewrite;
 pub mod rtn;
+pub mod sensitivity;
+#[cfg(test)]
+pub mod testing;
 pub mod tied;
 
 use dialects::exec::ExecError;
