@@ -23,7 +23,10 @@ pub mod raise_opset;
 pub mod report;
 pub mod rewrite;
 pub mod rtn;
+pub mod sensitivity;
 pub mod store;
+#[cfg(test)]
+pub mod testing;
 pub mod tied;
 
 use dialects::exec::ExecError;
