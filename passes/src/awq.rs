@@ -4,15 +4,14 @@
 //! activations get large scales, so that their weights lose less. Whether and where `x / s` costs nothing is asked of
 //! the e-graph first; a scale with no place is not searched for. Of the scales `rms(x)^alpha` the one is taken whose
 //! rounded weights have the least error of the group's *output* over the calibration data, which the Gram matrix of
-//! the activations gives exactly. Then each group of weights is clipped for the same error.
+//! the activations gives exactly. Then each group of weights is clipped for the same error, or refined without data (hqq).
 
 use crate::eqsat::{self, Placement};
+use crate::errors::Judge;
 use crate::gram::{self, Gram, quadratic_of};
-use crate::grid::{self, Clip, Float, Layout, Matrix, Parts, Quantizer};
+use crate::grid::{self, Clip, Float, Layout, Matrix, Ranges};
 use crate::linear::Form;
-use crate::quantize::{
-    GridOptions, Notes, Shared, candidates, dequantize, each, quantize, quantize_matrix, scale_type,
-};
+use crate::quantize::{GridOptions, Notes, Shared, candidates, dequantize, each, quantize, quantize_matrix};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::{Module, Op, OpBuilder, Use, Value};
 use dialects::tensor::Tensor;
@@ -28,8 +27,6 @@ pub struct Awq {
     pub options: GridOptions,
     /// Steps of the scale's exponent between 0 and 1; 0 searches for no scale.
     pub grid: u32,
-    /// Whether each group's range is chosen for the least output error, or spans its weights.
-    pub clip: bool,
     /// Which weights.
     #[serde(flatten)]
     pub filter: Filter,
@@ -37,7 +34,8 @@ pub struct Awq {
 
 impl Default for Awq {
     fn default() -> Awq {
-        Awq { options: GridOptions::default(), grid: 20, clip: true, filter: Filter::default() }
+        let options = GridOptions { clip: true, ..GridOptions::default() };
+        Awq { options, grid: 20, filter: Filter::default() }
     }
 }
 
@@ -103,7 +101,9 @@ impl Awq {
             let why = unwatched(m, &shared).unwrap_or("no activations of it were gathered");
             let notes = vec![format!("rounded to nearest: {why}")];
             let notes = Notes { method: "rtn".into(), output_error: None, notes };
-            quantize(m, cx, NAME, &shared, &self.options, &grid::Rtn, notes)?;
+            // What clipping would do without data is another thing than what was asked for.
+            let options = GridOptions { clip: false, ..self.options.clone() };
+            quantize(m, cx, NAME, &shared, &options, notes)?;
         }
         let ops = m.live_ops();
         let place = |node: &str| ops.iter().position(|&op| *m.ops[op].loc == *node);
@@ -113,7 +113,7 @@ impl Awq {
 }
 
 /// Why the activations that a weight multiplies cannot be gathered.
-fn unwatched(m: &Module, w: &Shared) -> Option<&'static str> {
+pub(crate) fn unwatched(m: &Module, w: &Shared) -> Option<&'static str> {
     if w.uses.iter().any(|l| m.ops[l.op].region != m.top) {
         return Some("activations inside the graphs of If, Loop and Scan are not gathered");
     }
@@ -148,9 +148,9 @@ fn groups(m: &Module, weights: Vec<Shared>) -> Vec<Group> {
 }
 
 /// A float weight, `[N, K]` row-major.
-struct Rows {
-    n: usize,
-    values: Vec<f32>,
+pub(crate) struct Rows {
+    pub n: usize,
+    pub values: Vec<f32>,
 }
 
 impl Awq {
@@ -174,7 +174,7 @@ impl Awq {
         let (scale, notes) = match &placement {
             Err(why) => (None, vec![format!("no scale: {why}")]),
             Ok(p) => {
-                let spec = self.spec(m, cx, &group.weights[0]);
+                let spec = group.weights[0].spec(m, cx, &self.options);
                 match self.search(&weights, gram, p.freedom.as_deref(), &spec) {
                     Some(scale) => (Some(scale), vec![format!("scale in {}", p.sites.join(", "))]),
                     None => {
@@ -187,32 +187,25 @@ impl Awq {
         let s = scale.as_deref().unwrap_or(&ones);
         let exact = gram.to_f32();
         for (shared, w) in group.weights.iter().zip(weights) {
+            let spec = shared.spec(m, cx, &self.options);
+            let mut judge = Judge::new(&w.values, w.n, group.k, Some(&exact[..]));
+            judge.step("rtn", &grid::nearest(w.values.clone(), group.k, &spec));
+            if scale.is_some() && self.options.ranges() != Ranges::Span {
+                judge.step("scale", &divided(grid::nearest(scaled(&w, s), group.k, &spec), s));
+            }
             let at = cx.report.weights.len();
-            let q = self.quantize(m, cx, shared, &w, s, gram, notes.clone())?;
-            let off = |from: usize, out: &mut [f32]| {
-                let at = from * group.k;
-                for (i, e) in out.iter_mut().enumerate() {
-                    *e = q[at + i] / s[i % group.k] - w.values[at + i];
-                }
-            };
-            let plain = |from: usize, out: &mut [f32]| {
-                out.copy_from_slice(&w.values[from * group.k..][..out.len()]);
-            };
-            let error = quadratic_of(w.n, group.k, &exact, off);
-            let signal = quadratic_of(w.n, group.k, &exact, plain);
-            cx.report.weights[at].output_error = (signal > 0.0).then(|| (error.max(0.0) / signal).sqrt());
+            let q = divided(self.quantize(m, cx, shared, &w, s, gram, notes.clone())?, s);
+            match self.options.ranges() {
+                Ranges::Span if scale.is_none() => {}
+                Ranges::Span => judge.step("scale", &q),
+                ranges => judge.step(ranges.name(), &q),
+            }
+            judge.finish(&mut cx.report.weights[at]);
         }
         match scale {
             Some(scale) => divide(m, cx, group, &scale),
             None => Ok(()),
         }
-    }
-
-    /// The grid of a weight.
-    fn spec(&self, m: &Module, cx: &PassCx, w: &Shared) -> grid::Spec {
-        let l = w.first();
-        let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
-        self.options.spec(l.k, scale_type(elem, cx.settings))
     }
 
     /// Where a scale on the group's value may go, or why it may not.
@@ -274,15 +267,15 @@ impl Awq {
         let matrix = Matrix { bytes, float: Float::F32, layout: Layout::Nk, n: w.n, k: gram.k };
         let notes = Notes { method: NAME.into(), output_error: None, notes };
         let q =
-            match self.clip {
-                true => {
-                    let spec = self.spec(m, cx, shared);
+            match self.options.ranges() {
+                Ranges::Clip => {
+                    let spec = shared.spec(m, cx, &self.options);
                     let clip = Clip::new(&gram.divided(s).sums, gram.k, &spec).map_err(|e| {
                         PassError::At { pass: NAME, what: shared.label(m), why: e.to_string() }
                     })?;
                     quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &clip, notes)?
                 }
-                false => quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &grid::Rtn, notes)?,
+                ranges => quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &ranges, notes)?,
             };
         dequantize(&q.0)
     }
@@ -351,7 +344,7 @@ fn rounding_error(weights: &[Rows], gram: &[f32], s: &[f32], spec: &grid::Spec) 
     let k = s.len();
     let error = |w: &Rows| {
         let scaled = scaled(w, s);
-        let Ok(mut e) = rounded(&scaled, w.n, k, spec, &grid::Rtn) else { return f64::INFINITY };
+        let mut e = grid::nearest(scaled.clone(), k, spec);
         for (i, (e, x)) in e.iter_mut().zip(&scaled).enumerate() {
             *e = (*e - x) / s[i % k];
         }
@@ -361,7 +354,7 @@ fn rounding_error(weights: &[Rows], gram: &[f32], s: &[f32], spec: &grid::Spec) 
 }
 
 /// The weight of a linear, `[N, K]`.
-fn rows(m: &Module, shared: &Shared) -> Result<Rows, PassError> {
+pub(crate) fn rows(m: &Module, shared: &Shared) -> Result<Rows, PassError> {
     let l = shared.first();
     let fail = |why: String| PassError::At { pass: NAME, what: shared.label(m), why };
     let t = Tensor::from_const(&m.consts[l.konst]).map_err(|e| fail(e.to_string()))?;
@@ -398,24 +391,12 @@ fn scaled(w: &Rows, s: &[f32]) -> Vec<f32> {
     w.values.chunks_exact(s.len()).flat_map(|row| row.iter().zip(s).map(|(x, s)| x * s)).collect()
 }
 
-/// What the codes of a weight `[n, k]` stand for.
-fn rounded<Q: Quantizer>(
-    values: &[f32],
-    n: usize,
-    k: usize,
-    spec: &grid::Spec,
-    method: &Q,
-) -> Result<Vec<f32>, grid::GridError> {
-    let w = Matrix { bytes: bytemuck::cast_slice(values), float: Float::F32, layout: Layout::Nk, n, k };
-    let (bytes, groups) =
-        spec.lens(n, k).ok_or_else(|| grid::GridError::Spec("the matrix is too large".into()))?;
-    let (mut codes, mut scales) = (vec![0u8; bytes], vec![0f32; groups]);
-    let mut zeros = vec![spec.middle() as u8; groups];
-    let zero_points = if spec.symmetric { None } else { Some(&mut zeros[..]) };
-    grid::quantize(&w, spec, method, Parts { codes: &mut codes, scales: &mut scales, zero_points })?;
-    let mut out = vec![0f32; n * k];
-    grid::pack::dequantize(spec, n, k, &codes, &scales, &zeros, &mut out)?;
-    Ok(out)
+/// The weight with every channel divided by its entry of `s`.
+fn divided(mut q: Vec<f32>, s: &[f32]) -> Vec<f32> {
+    for row in q.chunks_exact_mut(s.len()) {
+        row.iter_mut().zip(s).for_each(|(x, s)| *x /= s);
+    }
+    q
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub mod computed;
 pub mod const_fold;
 pub mod dce;
 pub mod eqsat;
+pub mod errors;
 pub mod fold_scales;
 pub mod gemm;
 pub mod gram;
@@ -163,6 +164,8 @@ pub struct Settings {
     pub tied_shared: bool,
     /// Raise no opset; a form that needs a newer one is an error.
     pub keep_opset: bool,
+    /// There is calibration data: passes that need none say with it what they did to outputs.
+    pub measure: bool,
 }
 
 /// What a pass sees beside the module.
@@ -220,9 +223,15 @@ impl PassDef {
         PassDef {
             name,
             defaults: || serde_json::to_value(P::default()).expect("options are plain data"),
-            make: |options| match serde_json::from_value::<P>(options) {
-                Ok(pass) => Ok(Box::new(pass)),
-                Err(e) => Err(e.to_string()),
+            make: |given| {
+                // Flattened groups of options would take their own defaults rather than those of the pass.
+                let mut options = serde_json::to_value(P::default()).map_err(|e| e.to_string())?;
+                match (options.as_object_mut(), given) {
+                    (Some(options), serde_json::Value::Object(given)) => options.extend(given),
+                    _ => return Err("options are names with values".into()),
+                }
+                let pass = serde_json::from_value::<P>(options).map_err(|e| e.to_string())?;
+                Ok(Box::new(pass))
             },
         }
     }
