@@ -9,7 +9,7 @@ use crate::linear::{Weighted, find};
 use crate::qtensor::QTensor;
 use crate::quantize::{float, matrix};
 use crate::{
-    CalibSink, Distance, Env, Pass, PassCx, PassError, Progress, Report, Scratch, WeightReport, dce,
+    CalibSink, Distance, Env, Pass, PassCx, PassError, Progress, Report, Scratch, Stream, WeightReport, dce,
 };
 use bytes::Bytes;
 use dialects::ir::infer::infer;
@@ -56,16 +56,12 @@ impl Variant {
             env: cx.env,
             unscaled: unscaled.values().copied().collect(),
             found: Mutex::default(),
-            failed: Mutex::default(),
         };
         let mut report = Report::default();
         for pass in passes {
             let mut cx = PassCx { ops: cx.ops, env: &recorder, settings: cx.settings, report: &mut report };
             pass.run(&mut out, &mut cx)?;
             infer(&mut out, cx.ops);
-        }
-        if let Some(e) = recorder.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(e);
         }
         let found = recorder.found.into_inner().unwrap_or_else(PoisonError::into_inner);
         cx.report.warnings.extend(std::mem::take(&mut report.warnings));
@@ -251,13 +247,15 @@ struct Recorder<'a> {
     env: &'a dyn Env,
     unscaled: HashSet<[u8; 32]>,
     found: Mutex<Vec<(Value, Float)>>,
-    /// Why a weight could not be kept.
-    failed: Mutex<Option<PassError>>,
 }
 
 impl Recorder<'_> {
-    fn keep(&self, value: Value, weight: &dyn Fn() -> Tensor) -> Result<(), PassError> {
-        let konst = weight().to_const();
+    fn keep(
+        &self,
+        value: Value,
+        weight: &dyn Fn() -> Result<Tensor, PassError>,
+    ) -> Result<(), PassError> {
+        let konst = weight()?.to_const();
         let fail = |e: ConstError| PassError::Env(e.to_string());
         let hash = konst.hash().map_err(fail)?;
         let float = match self.unscaled.contains(&hash) {
@@ -279,6 +277,10 @@ impl Env for Recorder<'_> {
         self.env.calibrate(m, wanted, sink)
     }
 
+    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError> {
+        self.env.stream()
+    }
+
     fn distance(&self, m: &Module) -> Result<Distance, PassError> {
         self.env.distance(m)
     }
@@ -291,10 +293,12 @@ impl Env for Recorder<'_> {
         self.env.progress(task, total)
     }
 
-    fn quantized(&self, value: Value, weight: &dyn Fn() -> Tensor) {
-        if let Err(e) = self.keep(value, weight) {
-            self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
-        }
+    fn quantized(
+        &self,
+        value: Value,
+        weight: &dyn Fn() -> Result<Tensor, PassError>,
+    ) -> Result<(), PassError> {
+        self.keep(value, weight)
     }
 }
 

@@ -51,7 +51,7 @@ impl<'a> Measuring<'a> {
             let help = "give pack-int4 or pack-qdq";
             return Err(Error::usage(format!("--packer {}: it rounds weights", args.packer), help));
         }
-        let m = driver::read(&args.model, &cx.registry)?;
+        let m = driver::read(&args.model, &cx.registry, &cx.term)?;
         let data = Calibration::open(&args.calibration, &m, cx.registry.ops(), &cx.term);
         let data = data.map_err(|e| Error::Calibration { message: e.message, help: e.help })?;
         let mut report = Report::default();
@@ -63,6 +63,7 @@ impl<'a> Measuring<'a> {
             scratch: std::env::temp_dir(),
             calibration: Some(data),
             baseline: Some(Baseline::new(m.clone(), args.calibration.measure_samples)),
+            store: None,
             originals: None,
         };
         let settings = Settings::default();
