@@ -184,3 +184,69 @@ pub fn blocks(m: &Module, groups: &[Group]) -> Vec<usize> {
     }
     cuts
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::groups;
+    use crate::linear::linears;
+    use crate::quantize::Shared;
+    use dialects::ir::{infer, parse::parse};
+    use dialects::ops::Ops;
+
+    fn model(text: &str) -> Module {
+        let mut m = parse(text).unwrap().module;
+        infer::infer(&mut m, &Ops::standard());
+        m
+    }
+
+    fn all(m: &Module) -> Vec<Group> {
+        groups(m, linears(m).into_iter().map(|l| Shared { uses: vec![l] }).collect())
+    }
+
+    const RESIDUAL: &str = "module ir_version=10 opsets {onnx=23}
+graph @main(%x : tensor<3x2xf32>) {
+  const %a : tensor<2x2xf32> [1, 2, 3, 4]
+  const %b : tensor<2x2xf32> [1, 2, 3, 5]
+  const %c : tensor<2x2xf32> [1, 2, 3, 6]
+  const %d : tensor<2x2xf32> [1, 2, 3, 7]
+  const %bias : tensor<2xf32> [1, 2]
+  %q = onnx.MatMul(%x, %a) : tensor<3x2xf32>
+  %k = onnx.MatMul(%x, %b) : tensor<3x2xf32>
+  %s = onnx.Mul(%q, %k) : tensor<3x2xf32>
+  %r = onnx.Add(%s, %x) : tensor<3x2xf32>
+  %h = onnx.MatMul(%r, %c) : tensor<3x2xf32>
+  %g = onnx.Relu(%h) : tensor<3x2xf32>
+  %o = onnx.MatMul(%g, %d) : tensor<3x2xf32>
+  %p = onnx.Add(%o, %bias) : tensor<3x2xf32>
+  %y = onnx.Add(%r, %p) : tensor<3x2xf32>
+  return %y
+}
+";
+
+    /// One product passes between `q`, `k` and what follows; between `c` and `d` the sum passes beside.
+    #[test]
+    fn blocks_end_where_one_value_passes() {
+        let m = model(RESIDUAL);
+        let groups = all(&m);
+        assert_eq!(groups.iter().map(|g| g.weights.len()).collect::<Vec<_>>(), [2, 1, 1]);
+        assert_eq!(blocks(&m, &groups), [0, 1]);
+    }
+
+    /// A linear is compared behind its bias and the residual connection, or where it is read by something else.
+    #[test]
+    fn targets_reach_over_the_residual() {
+        let m = model(RESIDUAL);
+        let names: Vec<String> =
+            linears(&m).iter().map(|l| m.value_label(target(&m, l.op).unwrap())).collect();
+        assert_eq!(names, ["q", "k", "h", "y"]);
+    }
+
+    #[test]
+    fn products_add_up() {
+        // D = [[1, 2], [3, 4]], X = [[5, 6, 7], [8, 9, 10]]: D^T X = [[29, 33, 37], [42, 48, 54]], by hand.
+        let mut sum = vec![1f32; 6];
+        add_product(&mut sum, &[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0, 7.0, 8.0, 9.0, 10.0], 3);
+        assert_eq!(sum, [30.0, 34.0, 38.0, 43.0, 49.0, 55.0]);
+    }
+}

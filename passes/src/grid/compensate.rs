@@ -287,3 +287,6 @@ fn spread(row: &[f32], errors: &[f32], known: &mut [f32]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -149,3 +149,71 @@ fn cholesky<T: ComplexField + Copy>(mut a: Vec<T>, k: usize) -> Option<Vec<T>> {
     let found = cholesky_in_place(view, none, Par::Seq, MemStack::new(&mut memory), Default::default());
     found.is_ok().then_some(a)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gram(k: usize, sums: Vec<f64>) -> Gram {
+        Gram { k, rows: 10, sums }
+    }
+
+    /// `L L^T`, at `[i, j]` of the inputs.
+    fn product(c: &Cost, i: usize, j: usize) -> f32 {
+        let at = |i: usize| c.order.iter().position(|&o| o as usize == i).unwrap();
+        let (a, b) = (at(i), at(j));
+        (0..=a.min(b)).map(|p| c.factor[a * c.k + p] * c.factor[b * c.k + p]).sum()
+    }
+
+    #[test]
+    fn the_factor_is_that_of_the_damped_matrix() {
+        // The mean of the diagonal is 2.
+        let c = Cost::new(gram(3, vec![1.0, 0.5, 0.0, 0.5, 3.0, 1.0, 0.0, 1.0, 2.0]), 0.01, true).unwrap();
+        assert_eq!((c.order.as_slice(), c.damp), (&[0, 2, 1][..], 0.01));
+        let want = [0.51, 0.25, 0.0, 0.25, 1.51, 0.5, 0.0, 0.5, 1.01];
+        for (i, want) in want.iter().enumerate() {
+            assert!((product(&c, i / 3, i % 3) - want).abs() < 1e-6, "entry {i}");
+        }
+        assert_eq!(Cost::new(gram(2, vec![1.0, 0.0, 0.0, 1.0]), 0.0, false).unwrap().order, [1, 0]);
+    }
+
+    #[test]
+    fn damp_is_raised_as_far_as_it_takes() {
+        // Not of any data: its eigenvalues are 3 and -1, which takes more than 1 on the diagonal.
+        let c = Cost::new(gram(2, vec![1.0, 2.0, 2.0, 1.0]), 0.01, true).unwrap();
+        assert_eq!(c.damp, 10.0);
+        // Of rank one, without damp.
+        let c = Cost::new(gram(2, vec![1.0, 1.0, 1.0, 1.0]), 0.0, true).unwrap();
+        assert!(c.damp > 0.0 && c.damp <= 0.001, "{}", c.damp);
+        assert!(Cost::new(gram(2, vec![0.0; 4]), 0.01, true).is_none());
+    }
+
+    /// One input: `W + P / (H + ridge)` by hand, with H = 1 and P = 3 of a Gram matrix of 4.
+    #[test]
+    fn pull_by_hand() {
+        let c = Cost::new(gram(1, vec![4.0]), 0.01, true).unwrap();
+        let got = c.pull().unwrap().add(&[5.0], vec![3.0]);
+        assert!((got[0] - (5.0 + 0.75 / 1.1)).abs() < 1e-6, "{got:?}");
+    }
+
+    /// With enough data the weights come out that make the outputs what they should be.
+    #[test]
+    fn pull_solves_for_the_outputs() {
+        let (rows, k) = (400, 5);
+        let number = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) / 300.0;
+        let x: Vec<f32> = (0..rows * k).map(number).collect();
+        let mut g = Gram::new(k);
+        g.add(&x);
+        let (w, wanted) = ([0.1f32, -0.4, 0.8, 0.3, 0.0], [0.2f32, -0.4, 0.7, 0.5, -0.1]);
+        let mut pull = vec![0f32; k];
+        for x in x.chunks_exact(k) {
+            let d: f32 = x.iter().zip(&wanted).zip(&w).map(|((x, a), b)| x * (a - b)).sum();
+            pull.iter_mut().zip(x).for_each(|(p, x)| *p += d * x);
+        }
+        let got = Cost::new(g, 0.01, true).unwrap().pull().unwrap().add(&w, pull);
+        for ((got, wanted), w) in got.iter().zip(&wanted).zip(&w) {
+            // The ridge holds back about a tenth of the way.
+            assert!((got - wanted).abs() <= 0.2 * (wanted - w).abs() + 0.01, "{got} for {wanted}, from {w}");
+        }
+    }
+}
