@@ -68,8 +68,11 @@ impl Variant {
             return Err(e);
         }
         let found = recorder.found.into_inner().unwrap_or_else(PoisonError::into_inner);
-        cx.report.warnings.extend(std::mem::take(&mut report.warnings));
-        cx.report.left.extend(std::mem::take(&mut report.left));
+        report.warnings.drain(..).for_each(|w| cx.report.warn(w));
+        for l in report.left.drain(..) {
+            cx.report.left.retain(|o| (&o.node, &o.op) != (&l.node, &l.op));
+            cx.report.left.push(l);
+        }
         Variant::switches(out, m, &unscaled, found, report.weights)
     }
 
