@@ -57,6 +57,8 @@ pub struct Options {
     pub bisect_limit: Option<usize>,
     /// Where a failing pass leaves its input and the pipeline.
     pub repro: Option<PathBuf>,
+    /// Flags that the reproducer needs beside model and pipeline, as a shell reads them.
+    pub repro_flags: String,
     /// Settings for the passes.
     pub settings: Settings,
 }
@@ -128,9 +130,12 @@ pub fn run(
     Ok(outcome)
 }
 
-/// Reads the model at `path`, types it, and refuses it if it contradicts itself.
-pub fn read(path: &Path, registry: &Registry) -> Result<Module, Error> {
-    let mut m = model::load(path)?.module;
+/// Reads the model at `path`, types it, and refuses it if it contradicts itself. What is odd about it is said.
+pub fn read(path: &Path, registry: &Registry, term: &Term) -> Result<Module, Error> {
+    let model::Loaded { module: mut m, warnings, .. } = model::load(path)?;
+    for warning in warnings.iter().filter(|_| !term.quiet()) {
+        term.trace(&format!("warning: {}: {warning}", path.display()));
+    }
     let found = verify(&mut m, registry);
     if found.is_empty() { Ok(m) } else { Err(Error::Invalid { path: path.to_owned(), found }) }
 }
@@ -278,9 +283,13 @@ impl Driver<'_> {
         let term = &self.env.term;
         let at = dir.display();
         match written {
-            Ok(()) => term.trace(&format!(
-                "reproducer written: qcc {at}/input.qir --pass \"$(cat {at}/pipeline)\" --dry-run"
-            )),
+            Ok(()) => term.trace(
+                format!(
+                    "reproducer written: qcc {at}/input.qir --pass \"$(cat {at}/pipeline)\" --dry-run {}",
+                    self.options.repro_flags
+                )
+                .trim_end(),
+            ),
             Err(e) => term.trace(&format!("no reproducer: {e}")),
         }
         error

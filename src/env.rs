@@ -4,6 +4,8 @@ use crate::calibrate::{CalibError, Calibration};
 use crate::data::lm::inputs_of;
 use crate::eval::distance::{Baseline, Comparing, DistanceError};
 use crate::files;
+use crate::resume::Folder;
+use crate::stream::DataStream;
 use crate::term::Term;
 use bytes::Bytes;
 use dialects::exec::{ExecError, Executor};
@@ -11,7 +13,7 @@ use dialects::ir::interp::Interpreter;
 use dialects::ir::{Module, TensorSource, Value};
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
-use passes::{CalibSink, Distance, Env, PassError, Progress, Scratch};
+use passes::{CalibSink, Distance, Env, PassError, Progress, Scratch, Stream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -26,6 +28,8 @@ pub struct DriverEnv {
     pub term: Term,
     /// The folder for scratch files; the output's, so that they share its disk.
     pub scratch: PathBuf,
+    /// Where finished work is kept, if the user named a folder.
+    pub store: Option<Folder>,
     /// Calibration data, when a pass of the pipeline needs it.
     pub calibration: Option<Calibration>,
     /// The model before the pipeline, to measure distances from.
@@ -35,7 +39,8 @@ pub struct DriverEnv {
 }
 
 impl DriverEnv {
-    fn data(&self) -> Result<&Calibration, PassError> {
+    /// The calibration data.
+    pub fn data(&self) -> Result<&Calibration, PassError> {
         let data = self.calibration.as_ref();
         data.ok_or_else(|| PassError::Env("no calibration data was opened for this pass".into()))
     }
@@ -56,6 +61,10 @@ impl Env for DriverEnv {
             }
         }
         Ok(())
+    }
+
+    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError> {
+        Ok(Box::new(DataStream::new(self)?))
     }
 
     fn distance(&self, m: &Module) -> Result<Distance, PassError> {
@@ -84,10 +93,20 @@ impl Env for DriverEnv {
         self.term.task(task, total)
     }
 
-    fn quantized(&self, value: Value, weight: &dyn Fn() -> Tensor) {
+    fn quantized(
+        &self,
+        value: Value,
+        weight: &dyn Fn() -> Result<Tensor, PassError>,
+    ) -> Result<(), PassError> {
         if let Some(kept) = &self.originals {
-            kept.lock().unwrap_or_else(|e| e.into_inner()).push((value, weight()));
+            let weight = weight()?;
+            kept.lock().unwrap_or_else(|e| e.into_inner()).push((value, weight));
         }
+        Ok(())
+    }
+
+    fn store(&self) -> Option<&dyn passes::Store> {
+        self.store.as_ref().map(|s| s as &dyn passes::Store)
     }
 }
 

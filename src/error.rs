@@ -2,6 +2,7 @@
 
 use crate::files::FileError;
 use crate::pipeline::PipelineError;
+use crate::resume::ResumeError;
 use dialects::ir::Diagnostic;
 use std::fmt;
 use std::path::PathBuf;
@@ -48,6 +49,9 @@ pub enum Error {
         /// What the verifier found.
         found: Vec<Diagnostic>,
     },
+    /// The folder of `--resume` cannot be used.
+    #[error("{0}")]
+    Resume(ResumeError),
     /// Calibration data is missing or wrong.
     #[error("{message}")]
     Calibration {
@@ -148,6 +152,12 @@ impl From<FileError> for Error {
     }
 }
 
+impl From<ResumeError> for Error {
+    fn from(e: ResumeError) -> Error {
+        Error::Resume(e)
+    }
+}
+
 impl miette::Diagnostic for Error {
     fn help(&self) -> Option<Box<dyn fmt::Display + '_>> {
         let text: &str = match self {
@@ -158,6 +168,7 @@ impl miette::Diagnostic for Error {
             Error::Broken { .. } | Error::Check { .. } => {
                 "--repro DIR leaves the input of the failing pass and the pipeline there, for a report"
             }
+            Error::Resume(e) => e.help()?,
             Error::Strict { .. } => "name what may stay float with --skip, by pattern or op type",
             _ => return None,
         };

@@ -295,6 +295,7 @@ impl<'a> Case<'a> {
             ops: registry.ops().clone(),
             term: Term::new(true),
             scratch: std::env::temp_dir(),
+            store: None,
             calibration,
             baseline: Some(Baseline::new(m.clone(), usize::MAX)),
             originals: None,

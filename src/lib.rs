@@ -25,6 +25,8 @@ pub mod onnx;
 pub mod pipeline;
 pub mod qir;
 pub mod report;
+pub mod resume;
+pub mod stream;
 pub mod term;
 
 pub use error::Error;

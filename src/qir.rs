@@ -6,6 +6,8 @@
 use crate::error::Error;
 use crate::files::{self, OutputFile};
 use crate::model::Loaded;
+use crate::onnx::MAX_OPSET;
+use crate::onnx::error::Warning;
 use bytes::Bytes;
 use dialects::ir::literal::to_hex;
 use dialects::ir::print::{Style, print};
@@ -58,6 +60,10 @@ pub fn read(path: &Path) -> Result<Loaded, Error> {
     let missing = bind::bind(&mut m, |hash| found.get(&to_hex(hash)).cloned());
     let missing = missing.map_err(|e| Error::Model(format!("{}: {e}", weights.display())))?;
     let mut warnings = Vec::new();
+    let opset = m.opset("onnx");
+    if opset > MAX_OPSET {
+        warnings.push(Warning::NewerOpset(opset).to_string());
+    }
     if !missing.is_empty() {
         warnings.push(format!(
             "{}: {} tensors are not in {}; the model can be looked at, but not run or quantized",

@@ -278,6 +278,92 @@ fn a_failing_pass_leaves_a_reproducer() {
 }
 
 #[test]
+fn a_reproducer_names_what_the_pipeline_needs() {
+    let dir = Folder::new();
+    let calib = dir.path("it's data.npy");
+    fs::write(&calib, [0]).unwrap();
+    let data = ["--calib", &calib, "--calib-samples", "3", "--seed", "7", "--tied", "shared"];
+    let args = [MODEL, "--pass", "rtn,pack-int4,pack-int4", "--dry-run", "--repro", &dir.path("repro")];
+    let ran = qcc(&[&args[..], &data].concat());
+    assert_eq!(ran.code, 1);
+    let quoted = calib.replace('\'', "'\\''");
+    let wanted = format!("--dry-run --calib '{quoted}' --calib-samples 3 --seed 7 --tied shared\n");
+    assert!(ran.stderr.contains(&wanted), "{}", ran.stderr);
+}
+
+/// A language model of `vocab` tokens, which gives logits from the token `from` of a row on.
+fn small_lm(vocab: usize, from: usize) -> String {
+    let numbers = vec!["0.5"; vocab * 2].join(", ");
+    format!(
+        "module ir_version=10 opsets {{onnx=21}}
+graph @main(%input_ids : tensor<b x s x i64>) {{
+  const %e : tensor<{vocab}x2xf32> [{numbers}]
+  const %h : tensor<2x{vocab}xf32> [{numbers}]
+  const %from : tensor<1xi64> [{from}]
+  const %to : tensor<1xi64> [1000]
+  const %axis : tensor<1xi64> [1]
+  %x = onnx.Gather(%e, %input_ids) {{axis=0}} : tensor<b x s x 2xf32>
+  %y = onnx.MatMul(%x, %h) : tensor<b x s x {vocab}xf32>
+  %logits = onnx.Slice(%y, %from, %to, %axis) : tensor<b x ? x {vocab}xf32>
+  return %logits
+}}
+"
+    )
+}
+
+#[test]
+fn what_is_wrong_with_a_baseline_names_it() {
+    let dir = Folder::new();
+    let write = |name: &str, text: String| {
+        fs::write(dir.path(name), text).unwrap();
+        dir.path(name)
+    };
+    let model = write("model.qir", small_lm(4, 0));
+    // Two rows of three tokens, up to 3.
+    let header = format!("{:<117}\n", "{'descr': '<i8', 'fortran_order': False, 'shape': (2, 3), }");
+    let mut npy = b"\x93NUMPY\x01\x00\x76\x00".to_vec();
+    npy.extend(header.as_bytes());
+    npy.extend([0i64, 1, 2, 3, 2, 1].iter().flat_map(|x| x.to_le_bytes()));
+    let tokens = dir.path("tokens.npy");
+    fs::write(&tokens, npy).unwrap();
+    let eval = |baseline: &str| qcc(&["eval", &model, "--tokens", &tokens, "--baseline", baseline]);
+    assert_eq!(eval(&model).code, 0, "{}", eval(&model).stderr);
+    for (name, vocab, from, what) in [
+        ("few_words.qir", 3, 0, "expected token ids from 0 to 2"),
+        ("short_rows.qir", 4, 1, "expected logits of shape"),
+    ] {
+        let ran = eval(&write(name, small_lm(vocab, from)));
+        assert_eq!(ran.code, 1);
+        // The message is broken into lines.
+        let words: Vec<&str> = ran.stderr.split(['\n', ' ', '│', '×']).filter(|w| !w.is_empty()).collect();
+        let message = words.join(" ");
+        assert!(message.contains(what) && message.contains(name), "{message}");
+        assert!(!message.contains("model.qir"), "{message}");
+    }
+}
+
+#[test]
+fn a_newer_operator_set_is_said() {
+    let dir = Folder::new();
+    let newer = |name: &str| {
+        let text = small_lm(4, 0).replace("onnx=21", "onnx=99");
+        fs::write(dir.path(name), text).unwrap();
+        dir.path(name)
+    };
+    let (qir, onnx) = (newer("m.qir"), dir.path("m.onnx"));
+    let said = |args: &[&str]| {
+        let ran = qcc(args);
+        assert!(ran.stderr.contains("opset 99 is newer than"), "{args:?}\n{}", ran.stderr);
+    };
+    said(&["convert", &qir, "-o", &onnx]);
+    said(&["run", &onnx, "-o", &dir.path("y.npz")]);
+    said(&["run", &qir, "-o", &dir.path("y.npz")]);
+    said(&["diff", &qir, &onnx]);
+    let report = ok(&[&onnx, "--pass", "dce", "--dry-run"]);
+    assert!(report.contains("opset 99 is newer than"), "{report}");
+}
+
+#[test]
 fn the_model_says_how_it_was_made() {
     let dir = Folder::new();
     let (first, second) = (dir.path("1.qir"), dir.path("2.onnx"));

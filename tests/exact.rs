@@ -89,6 +89,7 @@ fn exact_passes_keep_the_function() {
         ops: registry.ops().clone(),
         term: Term::new(true),
         scratch: std::env::temp_dir(),
+        store: None,
         calibration: None,
         baseline: None,
         originals: None,

@@ -62,13 +62,24 @@ pub type Sink<'a> = dyn FnMut(Value, &Item) -> Result<(), ExecError> + 'a;
 /// A way to run modules.
 pub trait Executor: Send + Sync {
     /// Prepares `m` for runs that compute the values `wanted`, each a value of the top region, and nothing else.
-    fn prepare<'m>(&'m self, m: &'m Module, wanted: &[Value]) -> Result<Box<dyn Prepared + 'm>, ExecError>;
+    fn prepare<'m>(&'m self, m: &'m Module, wanted: &[Value]) -> Result<Box<dyn Prepared + 'm>, ExecError> {
+        self.prepare_from(m, &[], wanted)
+    }
+
+    /// The same, for runs to which the values `given` of the top region are given beside the inputs: what only leads
+    /// to those is not computed.
+    fn prepare_from<'m>(
+        &'m self,
+        m: &'m Module,
+        given: &[Value],
+        wanted: &[Value],
+    ) -> Result<Box<dyn Prepared + 'm>, ExecError>;
 }
 
 /// A module made ready to run.
 pub trait Prepared: Send + Sync {
-    /// Runs once. `inputs` gives values to inputs of the top region; every one that the wanted values need must be
-    /// there. Each wanted value reaches the sink once, in program order.
+    /// Runs once. `inputs` gives values to inputs of the top region and to values that were to be given; every one that
+    /// the wanted values need must be there. Each wanted value reaches the sink once, in program order.
     fn run(&self, inputs: &[(Value, Item)], sink: &mut Sink) -> Result<(), ExecError>;
 }
 

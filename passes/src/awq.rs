@@ -9,10 +9,12 @@
 use crate::eqsat::{self, Placement};
 use crate::gram::{self, Gram, quadratic_of};
 use crate::grid::{self, Clip, Float, Layout, Matrix, Parts, Quantizer};
-use crate::linear::Form;
+use crate::group::{self, Group, Rows, groups, output_error};
+use crate::qtensor::QTensor;
 use crate::quantize::{
-    GridOptions, Notes, Shared, candidates, dequantize, each, quantize, quantize_matrix, scale_type,
+    GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix, scale_type,
 };
+use crate::store::{Finished, Key, Work};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::{Module, Op, OpBuilder, Use, Value};
 use dialects::tensor::Tensor;
@@ -77,99 +79,78 @@ impl Pass for Awq {
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
         self.options.check(NAME)?;
-        each(m, cx, NAME, &self.filter, false, |m, cx, weights| self.all(m, cx, weights))
+        let work = Work::begin(m, cx, NAME, self)?;
+        each(m, cx, NAME, &self.filter, false, |m, cx, weights| self.all(m, cx, weights, &work))
     }
 }
 
 impl Awq {
-    fn all(&self, m: &mut Module, cx: &mut PassCx, weights: Vec<Shared>) -> Result<(), PassError> {
-        let groups = groups(m, weights);
+    fn all(
+        &self,
+        m: &mut Module,
+        cx: &mut PassCx,
+        weights: Vec<Shared>,
+        work: &Work,
+    ) -> Result<(), PassError> {
+        let keyed = |g: Group| (work.key(m, &g.weights), g);
+        let groups: Vec<(Key, Group)> = groups(m, weights).into_iter().map(keyed).collect();
         let first = cx.report.weights.len();
         let progress = cx.env.progress(NAME, groups.len() as u64);
         // Backwards: a scale lands in weights before its linear, which must be float still, and leaves the
         // activations before them as they were.
-        let backwards = groups.iter().rev().map(|g| (g.x, g.k)).collect();
-        for run in gram::runs(backwards, |&(_, k)| k, gram::BUDGET) {
-            let mut grams = gram::collect(m, cx, &run, NAME)?;
-            for (x, k) in run {
-                let gram = grams.remove(&x).expect("every wanted value was collected");
-                self.group(m, cx, x, k, &gram)?;
+        let backwards = groups.into_iter().rev().collect();
+        for run in gram::runs(backwards, |(_, g)| g.k, gram::BUDGET) {
+            // Finished groups change the module only once the data of the others is gathered, as if none were finished.
+            let find = |(key, g): &(Key, Group)| work.finished(m, cx, key, &g.weights);
+            let finished: Vec<Option<Finished>> = run.iter().map(find).collect::<Result<_, _>>()?;
+            let open = run.iter().zip(&finished).filter(|(_, done)| done.is_none());
+            let open: Vec<(Value, usize)> = open.map(|((_, g), _)| (g.x, g.k)).collect();
+            let mut grams = gram::collect(m, cx, &open, NAME)?;
+            for ((key, g), done) in run.iter().zip(finished) {
+                let group = current(m, cx, &self.filter, g)?;
+                let scale = match done {
+                    Some(done) => done.install(m, cx, NAME, &group.weights)?,
+                    None => {
+                        let gram = grams.remove(&g.x).expect("every wanted value was collected");
+                        let done = self.group(m, cx, &group, &gram)?;
+                        work.keep(key, &done)?;
+                        done.scale
+                    }
+                };
+                if let Some(scale) = scale {
+                    divide(m, cx, &group, &scale)?;
+                }
                 if !progress.advance(1) {
                     return Err(PassError::Env("interrupted".into()));
                 }
             }
         }
-        for shared in candidates(m, cx, &self.filter, false) {
-            let why = unwatched(m, &shared).unwrap_or("no activations of it were gathered");
-            let notes = vec![format!("rounded to nearest: {why}")];
-            let notes = Notes { method: "rtn".into(), output_error: None, notes };
-            quantize(m, cx, NAME, &shared, &self.options, &grid::Rtn, notes)?;
-        }
-        let ops = m.live_ops();
-        let place = |node: &str| ops.iter().position(|&op| *m.ops[op].loc == *node);
-        cx.report.weights[first..].sort_by_cached_key(|w| place(&w.node));
-        Ok(())
+        group::finish(m, cx, NAME, &work, &self.filter, &self.options, first)
     }
 }
 
-/// Why the activations that a weight multiplies cannot be gathered.
-fn unwatched(m: &Module, w: &Shared) -> Option<&'static str> {
-    if w.uses.iter().any(|l| m.ops[l.op].region != m.top) {
-        return Some("activations inside the graphs of If, Loop and Scan are not gathered");
-    }
-    let columns = w.uses.iter().any(|l| l.form == Form::Columns);
-    columns.then_some("the channels of its activation are not the last dim (transA)")
-}
-
-/// Weights whose linears read one value.
-struct Group {
-    x: Value,
-    k: usize,
-    weights: Vec<Shared>,
-    /// Some weight is also multiplied with another value, and cannot be scaled for this one.
-    mixed: bool,
-}
-
-/// Groups weights by the value that they multiply, in program order, where it can be watched.
-fn groups(m: &Module, weights: Vec<Shared>) -> Vec<Group> {
-    let mut out: Vec<Group> = Vec::new();
-    for w in weights.into_iter().filter(|w| unwatched(m, w).is_none()) {
-        let x = w.first().x;
-        let mixed = w.uses.iter().any(|l| l.x != x);
-        match out.iter_mut().find(|g| g.x == x && g.k == w.first().k) {
-            Some(g) => {
-                g.mixed |= mixed;
-                g.weights.push(w);
-            }
-            None => out.push(Group { x, k: w.first().k, weights: vec![w], mixed }),
-        }
-    }
-    out
-}
-
-/// A float weight, `[N, K]` row-major.
-struct Rows {
-    n: usize,
-    values: Vec<f32>,
+/// The group as it is now: folding a later group's scale may have put new ops in the place of its linears.
+fn current(m: &Module, cx: &mut PassCx, filter: &Filter, group: &Group) -> Result<Group, PassError> {
+    let weights = candidates(m, cx, filter, false);
+    let found = groups(m, weights).into_iter().find(|g| g.x == group.x && g.k == group.k);
+    found.ok_or_else(|| {
+        let why = "this is a bug: the linears that read it are gone".into();
+        PassError::At { pass: NAME, what: m.value_label(group.x), why }
+    })
 }
 
 impl Awq {
+    /// Quantizes the weights of a group, under a scale if one is worth it.
     fn group(
         &self,
         m: &mut Module,
         cx: &mut PassCx,
-        x: Value,
-        k: usize,
+        group: &Group,
         gram: &Gram,
-    ) -> Result<(), PassError> {
-        // Folding a later group's scale may have put new ops in the place of these linears.
-        let weights = candidates(m, cx, &self.filter, false);
-        let found = groups(m, weights).into_iter().find(|g| g.x == x && g.k == k);
-        let Some(group) = &found else {
-            let why = "this is a bug: the linears that read it are gone".into();
-            return Err(PassError::At { pass: NAME, what: m.value_label(x), why });
-        };
-        let weights: Vec<Rows> = group.weights.iter().map(|w| rows(m, w)).collect::<Result<_, _>>()?;
+    ) -> Result<Finished, PassError> {
+        let mark = cx.report.mark();
+        let weights: Vec<Rows> =
+            group.weights.iter().map(|w| group::rows(m, NAME, w)).collect::<Result<_, _>>()?;
         let placement = self.placement(m, cx, group);
         let (scale, notes) = match &placement {
             Err(why) => (None, vec![format!("no scale: {why}")]),
@@ -186,26 +167,21 @@ impl Awq {
         let ones = vec![1.0; group.k];
         let s = scale.as_deref().unwrap_or(&ones);
         let exact = gram.to_f32();
+        let mut done = Vec::new();
         for (shared, w) in group.weights.iter().zip(weights) {
             let at = cx.report.weights.len();
-            let q = self.quantize(m, cx, shared, &w, s, gram, notes.clone())?;
+            let tensor = self.quantize(m, cx, shared, &w, s, gram, notes.clone())?;
+            let q = dequantize(&tensor)?;
+            done.push(tensor);
             let off = |from: usize, out: &mut [f32]| {
                 let at = from * group.k;
                 for (i, e) in out.iter_mut().enumerate() {
                     *e = q[at + i] / s[i % group.k] - w.values[at + i];
                 }
             };
-            let plain = |from: usize, out: &mut [f32]| {
-                out.copy_from_slice(&w.values[from * group.k..][..out.len()]);
-            };
-            let error = quadratic_of(w.n, group.k, &exact, off);
-            let signal = quadratic_of(w.n, group.k, &exact, plain);
-            cx.report.weights[at].output_error = (signal > 0.0).then(|| (error.max(0.0) / signal).sqrt());
+            cx.report.weights[at].output_error = output_error(&w, group.k, &exact, off);
         }
-        match scale {
-            Some(scale) => divide(m, cx, group, &scale),
-            None => Ok(()),
-        }
+        Ok(Finished { scale, weights: done, said: cx.report.since(&mark) })
     }
 
     /// The grid of a weight.
@@ -257,7 +233,7 @@ impl Awq {
         (tried[best].0 < WORTH * tried[0].0).then(|| tried.swap_remove(best).1)
     }
 
-    /// Quantizes one weight under the scale `s` and returns what its codes stand for, `[N, K]`.
+    /// Quantizes one weight under the scale `s`.
     #[allow(clippy::too_many_arguments)]
     fn quantize(
         &self,
@@ -268,7 +244,7 @@ impl Awq {
         s: &[f32],
         gram: &Gram,
         notes: Vec<String>,
-    ) -> Result<Vec<f32>, PassError> {
+    ) -> Result<QTensor, PassError> {
         let scaled = scaled(w, s);
         let bytes = bytemuck::cast_slice(&scaled);
         let matrix = Matrix { bytes, float: Float::F32, layout: Layout::Nk, n: w.n, k: gram.k };
@@ -284,7 +260,7 @@ impl Awq {
                 }
                 false => quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &grid::Rtn, notes)?,
             };
-        dequantize(&q.0)
+        Ok(q.0)
     }
 }
 
@@ -358,32 +334,6 @@ fn rounding_error(weights: &[Rows], gram: &[f32], s: &[f32], spec: &grid::Spec) 
         quadratic_of(w.n, k, gram, |from, out| out.copy_from_slice(&e[from * k..][..out.len()]))
     };
     weights.iter().map(error).sum()
-}
-
-/// The weight of a linear, `[N, K]`.
-fn rows(m: &Module, shared: &Shared) -> Result<Rows, PassError> {
-    let l = shared.first();
-    let fail = |why: String| PassError::At { pass: NAME, what: shared.label(m), why };
-    let t = Tensor::from_const(&m.consts[l.konst]).map_err(|e| fail(e.to_string()))?;
-    let values = t.to_f32().map_err(|e| fail(e.to_string()))?;
-    if let Some(i) = values.iter().position(|x| !x.is_finite()) {
-        let count = values.iter().filter(|x| !x.is_finite()).count();
-        return Err(fail(format!(
-            "{count} of {} weights are NaN or infinite, the first at {i}",
-            values.len()
-        )));
-    }
-    let values = match l.rows_are_outputs {
-        true => values.into_owned(),
-        false => {
-            let mut out = vec![0f32; l.n * l.k];
-            out.par_chunks_mut(l.k).enumerate().for_each(|(n, row)| {
-                row.iter_mut().enumerate().for_each(|(k, x)| *x = values[k * l.n + n]);
-            });
-            out
-        }
-    };
-    Ok(Rows { n: l.n, values })
 }
 
 /// At most [`SEARCH_ROWS`] rows, evenly spaced.

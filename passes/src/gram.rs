@@ -105,7 +105,8 @@ pub fn runs<T>(items: Vec<T>, k: impl Fn(&T) -> usize, budget: usize) -> Vec<Vec
     out
 }
 
-/// Runs the calibration data once and gathers the Gram matrix of each value, whose last dim is `k`.
+/// Runs the calibration data once and gathers the Gram matrix of each value, whose last dim is `k`. Without values
+/// nothing is run.
 pub fn collect(
     m: &Module,
     cx: &PassCx,
@@ -114,6 +115,9 @@ pub fn collect(
 ) -> Result<HashMap<Value, Gram>, PassError> {
     let mut grams: HashMap<Value, Gram> = values.iter().map(|&(v, k)| (v, Gram::new(k))).collect();
     let wanted: Vec<Value> = values.iter().map(|&(v, _)| v).collect();
+    if wanted.is_empty() {
+        return Ok(grams);
+    }
     cx.env.calibrate(m, &wanted, &mut |v, item| {
         let refuse = |why: String| ExecError::Sink(format!("the activation {:?}: {why}", m.value_label(v)));
         let t = item.tensor().map_err(|e| refuse(e.to_string()))?;

@@ -10,8 +10,10 @@ pub mod dce;
 pub mod eqsat;
 pub mod fold_scales;
 pub mod gemm;
+pub mod gptq;
 pub mod gram;
 pub mod grid;
+pub mod group;
 pub mod linear;
 pub mod pack_int4;
 pub mod pack_qdq;
@@ -22,6 +24,7 @@ pub mod report;
 pub mod rewrite;
 pub mod rtn;
 pub mod sensitivity;
+pub mod store;
 #[cfg(test)]
 pub mod testing;
 pub mod tied;
@@ -33,6 +36,7 @@ use dialects::tensor::Tensor;
 pub use report::{Report, WeightReport};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeSet;
+pub use store::Store;
 use thiserror::Error;
 
 /// Whether a pass keeps the function that a model computes.
@@ -101,6 +105,9 @@ pub trait Env: Sync {
     /// Fails when there is no calibration data, and says what to give.
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError>;
 
+    /// The calibration data before the first op, to be led through the model. Fails as [`Env::calibrate`] does.
+    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError>;
+
     /// How far the outputs of `m` are from those of the model before the pipeline, over the calibration data, or as much
     /// of it as the user wants to measure on. Fails when there is no such data.
     fn distance(&self, m: &Module) -> Result<Distance, PassError>;
@@ -113,7 +120,37 @@ pub trait Env: Sync {
 
     /// A quantizing pass put `value` in the place of a float weight that `weight` makes, of as many elements in the
     /// same order. By it the driver tells what a pass rewired from what it rounded.
-    fn quantized(&self, _value: Value, _weight: &dyn Fn() -> Tensor) {}
+    fn quantized(
+        &self,
+        _value: Value,
+        _weight: &dyn Fn() -> Result<Tensor, PassError>,
+    ) -> Result<(), PassError> {
+        Ok(())
+    }
+
+    /// Where finished work is kept between runs, if the user gave a place.
+    fn store(&self) -> Option<&dyn Store> {
+        None
+    }
+}
+
+/// Calibration data on its way through a model.
+pub trait Stream {
+    /// Leads the data from where it stands to the values `to` of the top region. The values `peek` are computed too, but
+    /// left behind: what leads from `to` to them is computed again by the next leg, and the module may be changed there
+    /// until then. The leg must be run to its end.
+    fn advance<'s>(
+        &'s mut self,
+        m: &'s Module,
+        to: &[Value],
+        peek: &[Value],
+    ) -> Result<Box<dyn Leg + 's>, PassError>;
+}
+
+/// One leg of that way.
+pub trait Leg {
+    /// Leads the next batch, and gives each of the values asked for to the sink. `false` when there is none left.
+    fn step(&mut self, sink: &mut CalibSink) -> Result<bool, PassError>;
 }
 
 /// How far a model's outputs are from those of another, the baseline.
@@ -238,6 +275,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
+    || PassDef::of::<gptq::Gptq>("gptq"),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
     || PassDef::of::<raise_opset::RaiseOpset>("raise-opset"),

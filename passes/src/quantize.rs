@@ -8,6 +8,7 @@ use crate::linear::{Form, KERNEL_HINT, Linear, Weighted, find, kept};
 use crate::qtensor::{QTensor, constant, container, read};
 use crate::{Changed, Filter, PassCx, PassError, Settings, WeightReport, computed, dce};
 use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Region, Type, Value};
+use dialects::tensor::Tensor;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
@@ -102,12 +103,7 @@ pub fn each(
         if cx.settings.allow_noop {
             return Ok(Changed::No);
         }
-        let mut why = "no MatMul or Gemm with a constant float weight is left to quantize".to_string();
-        if let n @ 1.. = kept(m) {
-            let weights = if n == 1 { "weight is" } else { "weights are" };
-            why.push_str(&format!(" ({n} {weights} quantized already)"));
-        }
-        return Err(PassError::Nothing { pass, why });
+        return Err(PassError::Nothing { pass, why: nothing(m, cx, filter, kernels) });
     }
     let uses = m.uses();
     let mut inputs = m.regions[m.top].args.clone();
@@ -119,6 +115,24 @@ pub fn each(
         retire(m, cx, inputs);
     }
     Ok(Changed::Yes)
+}
+
+/// Why there is no weight to quantize.
+fn nothing(m: &Module, cx: &mut PassCx, filter: &Filter, kernels: bool) -> String {
+    if let n @ 1.. = candidates(m, cx, &Filter::default(), kernels).len() {
+        let weights = if n == 1 { "the only weight" } else { &format!("all {n} weights") };
+        let Filter { only, skip } = filter;
+        let filters =
+            [("only", only), ("skip", skip)].into_iter().filter(|(_, patterns)| !patterns.is_empty());
+        let filters: Vec<String> = filters.map(|(name, p)| format!("{name}=[{}]", p.join(", "))).collect();
+        return format!("{} leaves out {weights} that could be quantized", filters.join(" with "));
+    }
+    let mut why = "no MatMul or Gemm with a constant float weight is left to quantize".to_string();
+    if let n @ 1.. = kept(m) {
+        let weights = if n == 1 { "weight is" } else { "weights are" };
+        why.push_str(&format!(" ({n} {weights} quantized already)"));
+    }
+    why
 }
 
 /// Takes those of `inputs` that nothing reads any more from the model's inputs.
@@ -266,8 +280,7 @@ pub fn quantize_matrix<Q: Quantizer>(
         scales: konst(scale_elem, &scale_dims, stored)?,
         zero_points: zeros.map(|z| konst(Elem::U8, &scale_dims, z)).transpose()?,
     };
-    let value = place(m, pass, shared, &q, &label, elem)?;
-    cx.env.quantized(value, &|| w.tensor(l.operand_is_nk));
+    install(m, cx, pass, shared, &q, &|_| Ok(w.tensor(l.operand_is_nk)))?;
 
     let mut report = WeightReport {
         weight: label,
@@ -322,7 +335,23 @@ pub fn dequantize(q: &QTensor) -> Result<Vec<f32>, PassError> {
     Ok(out)
 }
 
-/// Puts the quantized tensor in the place of the float weight.
+/// Puts a quantized weight in the place of the float one at every use. `weight` is the float one as it is multiplied,
+/// of as many elements in the same order.
+pub fn install(
+    m: &mut Module,
+    cx: &PassCx,
+    pass: &'static str,
+    shared: &Shared,
+    q: &QTensor,
+    weight: &dyn Fn(&Module) -> Result<Tensor, PassError>,
+) -> Result<(), PassError> {
+    let l = shared.first();
+    let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
+    let value = place(m, pass, shared, q, &shared.label(m), elem)?;
+    cx.env.quantized(value, &|| weight(m))
+}
+
+/// The `quant.dequantize` of it in the graph.
 fn place(
     m: &mut Module,
     pass: &'static str,

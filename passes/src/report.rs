@@ -1,11 +1,11 @@
 //! What passes did and what they left: the material of the driver's table and of `--json`.
 
 use dialects::ir::{OpName, Symbol};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// One weight that was quantized, filled in by the passes that work on it.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct WeightReport {
     /// The weight's name.
     pub weight: String,
@@ -61,7 +61,47 @@ pub struct Report {
     pub counts: BTreeMap<String, u64>,
 }
 
+/// How much a [`Report`] said at some point.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    weights: usize,
+    warnings: usize,
+    notes: usize,
+}
+
+/// What a [`Report`] said of some work, to be said again when the work is not.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Said {
+    /// Quantized weights.
+    pub weights: Vec<WeightReport>,
+    /// Things a user should know.
+    pub warnings: Vec<String>,
+    /// Things a user may want to know.
+    pub notes: Vec<String>,
+}
+
 impl Report {
+    /// How much was said until now.
+    pub fn mark(&self) -> Mark {
+        Mark { weights: self.weights.len(), warnings: self.warnings.len(), notes: self.notes.len() }
+    }
+
+    /// What was said since.
+    pub fn since(&self, mark: &Mark) -> Said {
+        Said {
+            weights: self.weights[mark.weights..].to_vec(),
+            warnings: self.warnings[mark.warnings..].to_vec(),
+            notes: self.notes[mark.notes..].to_vec(),
+        }
+    }
+
+    /// Says it again.
+    pub fn say(&mut self, said: Said) {
+        self.weights.extend(said.weights);
+        said.warnings.into_iter().for_each(|w| self.warn(w));
+        said.notes.into_iter().for_each(|n| self.note(n));
+    }
+
     /// Counts something.
     pub fn count(&mut self, what: &str, n: u64) {
         *self.counts.entry(what.to_string()).or_default() += n;

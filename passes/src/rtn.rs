@@ -6,6 +6,7 @@
 use crate::grid;
 use crate::linear::Form;
 use crate::quantize::{GridOptions, Notes, Shared, each, quantize};
+use crate::store::Work;
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::Module;
 use serde::{Deserialize, Serialize};
@@ -55,12 +56,21 @@ impl Pass for Rtn {
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
         self.grid.check(NAME)?;
-        each(m, cx, NAME, &self.filter, self.grid.kernels(), |m, cx, weights| self.quantize(m, cx, &weights))
+        let work = Work::begin(m, cx, NAME, self)?;
+        each(m, cx, NAME, &self.filter, self.grid.kernels(), |m, cx, weights| {
+            self.quantize(m, cx, &weights, &work)
+        })
     }
 }
 
 impl Rtn {
-    fn quantize(&self, m: &mut Module, cx: &mut PassCx, weights: &[Shared]) -> Result<(), PassError> {
+    fn quantize(
+        &self,
+        m: &mut Module,
+        cx: &mut PassCx,
+        weights: &[Shared],
+        work: &Work,
+    ) -> Result<(), PassError> {
         let size = |w: &Shared| (w.first().n * w.first().k) as u64;
         let progress = cx.env.progress(NAME, weights.iter().map(size).sum());
         for shared in weights {
@@ -68,7 +78,9 @@ impl Rtn {
             // The runtime takes one scale for each channel of a kernel.
             let row = GridOptions { group: -1, ..self.grid.clone() };
             let grid = if shared.first().form == Form::Kernel { &row } else { &self.grid };
-            quantize(m, cx, NAME, shared, grid, &grid::Rtn, notes)?;
+            work.once(m, cx, shared, |m, cx| {
+                quantize(m, cx, NAME, shared, grid, &grid::Rtn, notes).map(|(q, _)| q)
+            })?;
             if !progress.advance(size(shared)) {
                 return Err(PassError::Env("interrupted".into()));
             }

@@ -81,6 +81,7 @@ fn raise(m: &mut Module, found: Vec<Diagnostic>, n: i64, args: &Args, cx: &Conte
         ops: cx.registry.ops().clone(),
         term: cx.term,
         scratch: std::env::temp_dir(),
+        store: None,
         calibration: None,
         baseline: None,
         originals: None,

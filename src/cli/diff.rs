@@ -75,7 +75,8 @@ struct Found {
 }
 
 pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
-    let (a, b) = (driver::read(&args.a, &cx.registry)?, driver::read(&args.b, &cx.registry)?);
+    let read = |path| driver::read(path, &cx.registry, &cx.term);
+    let (a, b) = (read(&args.a)?, read(&args.b)?);
     let given = args.inputs.read(&a, cx.registry.ops(), &cx.term)?;
     if let Some(made) = &given.made {
         cx.term.trace(&format!("inputs: {made}\n"));

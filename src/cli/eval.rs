@@ -28,8 +28,9 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
-    let m = driver::read(&args.model, &cx.registry)?;
-    let baseline = args.baseline.as_deref().map(|path| driver::read(path, &cx.registry)).transpose()?;
+    let read = |path| driver::read(path, &cx.registry, &cx.term);
+    let m = read(&args.model)?;
+    let baseline = args.baseline.as_deref().map(read).transpose()?;
     let take = Take { rows: args.rows.unwrap_or(usize::MAX), len: usize::MAX, random: false, seed: 0 };
     let rows = tokens::read(&args.tokens, take).map_err(|e| Error::Data(e.to_string()))?;
     let exec = Interpreter::new(cx.registry.ops().clone()).exact(args.exact);
@@ -38,13 +39,24 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
         move |e: EvalError| Error::Model(format!("{}: {e}", path.display()))
     };
     let model = Subject::new(&m, &exec, rows.len).map_err(failed(&args.model))?;
-    rows.check(&args.tokens, model.vocab()).map_err(|e| Error::Data(e.to_string()))?;
+    let check = |subject: &Subject, path: &Path| {
+        let wrong = |e| Error::Data(format!("{e} ({})", path.display()));
+        rows.check(&args.tokens, subject.vocab()).map_err(wrong)
+    };
+    check(&model, &args.model)?;
     let other = match (&baseline, &args.baseline) {
-        (Some(b), Some(path)) => Some(Subject::new(b, &exec, rows.len).map_err(failed(path))?),
+        (Some(b), Some(path)) => {
+            let other = Subject::new(b, &exec, rows.len).map_err(failed(path))?;
+            check(&other, path)?;
+            Some(other)
+        }
         _ => None,
     };
     let task = cx.term.task("evaluating", rows.count() as u64);
-    let scores = evaluate(&model, other.as_ref(), &rows, &*task).map_err(failed(&args.model))?;
+    let scores = evaluate(&model, other.as_ref(), &rows, &*task).map_err(|e| match (e, &args.baseline) {
+        (EvalError::Baseline(e), Some(path)) => failed(path)(*e),
+        (e, _) => failed(&args.model)(e),
+    })?;
     drop(task);
     if cx.json {
         let json = serde_json::to_string_pretty(&scores).expect("scores are plain data");

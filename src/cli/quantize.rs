@@ -11,6 +11,7 @@ use crate::model::{self, Format, SaveOptions};
 use crate::pipeline::{PRESETS, Pipeline, nearest};
 use crate::qir;
 use crate::report::{self, Float, Show, Summary, Totals};
+use crate::resume::{Folder, Identity};
 use dialects::ir::Module;
 use passes::{Exactness, Settings};
 use std::path::{Path, PathBuf};
@@ -67,6 +68,9 @@ pub(super) struct Args {
     /// Run and report, but write nothing
     #[arg(long, conflicts_with = "output")]
     dry_run: bool,
+    /// Keep finished weights in this folder; after an interruption the same command goes on where it stopped
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
     /// Show passes and presets, and leave
     #[arg(long)]
     pub(super) list_passes: bool,
@@ -179,13 +183,18 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     for n in calibration.iter().flat_map(|c| &c.notes) {
         outcome.report.note(n.clone());
     }
+    if let Some(folder) = &env.store {
+        outcome.report.note(folder.summary());
+    }
     let quantizes = pipeline.steps.iter().any(|s| s.pass.exactness() == Exactness::Lossy);
     let float = if quantizes { report::float(&m, &pipeline, &outcome.report) } else { Vec::new() };
     if args.strict {
         strict(&float)?;
     }
     if !pipeline.steps.is_empty() {
-        provenance(&mut m, &recipe(args, &pipeline), calibration);
+        let mut recipe = pipeline.normalized();
+        flags(args).iter().for_each(|flag| recipe.push_str(&format!(" {flag}")));
+        provenance(&mut m, &recipe, calibration);
     }
     let mut totals = Totals { input_bytes: model::total_size(&loaded.files), ..Totals::default() };
     totals.weights(&outcome.report);
@@ -253,11 +262,22 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
     let open = || Calibration::open(&data, m, cx.registry.ops(), &cx.term);
     let calibration = (needed || args.debug.check).then(open).transpose();
     let calibration = calibration.map_err(|e| Error::Calibration { message: e.message, help: e.help })?;
+    let store = args.resume.as_deref().map(|dir| {
+        let data = calibration.as_ref().filter(|_| needed);
+        let run = Identity {
+            model: passes::store::content(m),
+            calibration: data.map(|c| c.hash),
+            pipeline: pipeline.normalized(),
+            flags: flags(args).join(" "),
+        };
+        Folder::open(dir, &run)
+    });
     let beside = args.output.as_deref().and_then(Path::parent).filter(|p| !p.as_os_str().is_empty());
     Ok(DriverEnv {
         ops: cx.registry.ops().clone(),
         term: cx.term,
         scratch: beside.map_or_else(std::env::temp_dir, Path::to_owned),
+        store: store.transpose()?,
         calibration,
         baseline: needed.then(|| Baseline::new(m.clone(), data.measure_samples)),
         originals: args.debug.check.then(Default::default),
@@ -274,6 +294,7 @@ fn options(args: &Args) -> Options {
         stop_after: debug.stop_after.clone(),
         bisect_limit: debug.bisect_limit,
         repro: debug.repro.clone(),
+        repro_flags: repro_flags(args),
         settings: Settings {
             allow_noop: args.allow_noop,
             allow_mul: args.allow_mul,
@@ -288,15 +309,39 @@ fn options(args: &Args) -> Options {
     }
 }
 
+/// What a reproducer needs beside its model and pipeline: the data, and the flags that change what passes do.
+fn repro_flags(args: &Args) -> String {
+    let data = &args.calibration;
+    let quoted = |path: &PathBuf| shell_word(&path.display().to_string());
+    let given = [
+        ("--calib", data.calib.as_ref().map(quoted)),
+        ("--tokenizer", data.tokenizer.as_ref().map(quoted)),
+        ("--calib-samples", data.calib_samples.map(|n| n.to_string())),
+        ("--seq-len", data.seq_len.map(|n| n.to_string())),
+        ("--calib-order", (data.calib_order == calibrate::Order::Random).then(|| "random".into())),
+        ("--seed", (data.seed != 0).then(|| data.seed.to_string())),
+    ];
+    let given = given.into_iter().filter_map(|(flag, value)| Some(format!("{flag} {}", value?)));
+    given.chain(flags(args).into_iter().map(String::from)).collect::<Vec<_>>().join(" ")
+}
+
+/// Text as one word of a shell.
+fn shell_word(text: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "/._-+,:=@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        return text.to_string();
+    }
+    format!("'{}'", text.replace('\'', "'\\''"))
+}
+
 fn strict(float: &[Float]) -> Result<(), Error> {
     let unasked = float.iter().filter(|f| !f.asked);
     let left: Vec<String> = unasked.map(|f| format!("  {} at node {:?}: {}", f.op, f.node, f.why)).collect();
     if left.is_empty() { Ok(()) } else { Err(Error::Strict { left }) }
 }
 
-/// The pipeline with every option, and the flags that change what passes do.
-fn recipe(args: &Args, pipeline: &Pipeline) -> String {
-    let mut out = pipeline.normalized();
+/// The flags that change what passes do.
+fn flags(args: &Args) -> Vec<&'static str> {
     let flags = [
         (args.profile == Profile::OrtCpuExact, "--profile ort-cpu-exact"),
         (args.scale_type == ScaleType::F16, "--scale-type f16"),
@@ -304,11 +349,7 @@ fn recipe(args: &Args, pipeline: &Pipeline) -> String {
         (args.allow_mul, "--allow-mul"),
         (args.keep_opset, "--keep-opset"),
     ];
-    for (_, flag) in flags.iter().filter(|(given, _)| *given) {
-        out.push(' ');
-        out.push_str(flag);
-    }
-    out
+    flags.into_iter().filter(|(given, _)| *given).map(|(_, flag)| flag).collect()
 }
 
 /// Says in the model how it was made. A model that was made by qcc before keeps its earlier recipe in front.

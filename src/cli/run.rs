@@ -85,7 +85,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
             return Err(Error::usage(message, "give the output a name that ends in .npz"));
         }
     }
-    let m = driver::read(&args.model, &cx.registry)?;
+    let m = driver::read(&args.model, &cx.registry, &cx.term)?;
     let wanted = wanted(args, &m)?;
     let given = args.inputs.read(&m, cx.registry.ops(), &cx.term)?;
     if let Some(made) = &given.made {

@@ -54,6 +54,9 @@ pub enum EvalError {
         /// Logits of a position, of the baseline.
         baseline: usize,
     },
+    /// The baseline cannot be evaluated.
+    #[error("the baseline: {0}")]
+    Baseline(Box<EvalError>),
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -156,7 +159,8 @@ pub fn evaluate(
     let mut positions: Vec<Position> = Vec::with_capacity(rows.count() * (len - 1));
     for ids in rows.chunks(model.per_run) {
         let mine = model.logits(ids, len)?;
-        let theirs = baseline.map(|b| b.logits(ids, len)).transpose()?;
+        let theirs = baseline.map(|b| b.logits(ids, len)).transpose();
+        let theirs = theirs.map_err(|e| EvalError::Baseline(Box::new(e)))?;
         positions.extend(score(ids, len, &mine, theirs.as_deref())?);
         if !progress.advance((ids.len() / len) as u64) {
             return Err(EvalError::Interrupted);

@@ -90,6 +90,8 @@ struct Ready<'m> {
     m: &'m Module,
     settings: Settings,
     plan: Plan<'m>,
+    /// Values of the top region that are given to each run beside the inputs.
+    given: HashSet<Value>,
     /// Plans of nested regions and of functions.
     plans: HashMap<Region, Plan<'m>>,
     /// Constants that stay decoded once they have been read.
@@ -99,10 +101,16 @@ struct Ready<'m> {
 }
 
 impl Executor for Interpreter {
-    fn prepare<'m>(&'m self, m: &'m Module, wanted: &[Value]) -> Result<Box<dyn Prepared + 'm>, ExecError> {
+    fn prepare_from<'m>(
+        &'m self,
+        m: &'m Module,
+        given: &[Value],
+        wanted: &[Value],
+    ) -> Result<Box<dyn Prepared + 'm>, ExecError> {
         let mut planner = Planner::new(m, Callees::new(m, &self.ops));
-        let plan = planner.region(m.top, wanted, &m.opsets)?;
-        let mut ready = Ready { plan, ..planner.finish(self.settings) };
+        let given: HashSet<Value> = given.iter().copied().collect();
+        let plan = planner.region(m.top, &given, wanted, &m.opsets)?;
+        let mut ready = Ready { plan, given, ..planner.finish(self.settings) };
         ready.keep(self.const_budget);
         Ok(Box::new(ready))
     }
@@ -125,13 +133,15 @@ impl<'m> Planner<'m> {
 
     fn finish(self, settings: Settings) -> Ready<'m> {
         let bodies = self.bodies.map(|b| Box::new(b.finish(settings)));
-        let (plan, kept) = (Plan::default(), HashMap::new());
-        Ready { m: self.m, settings, plan, plans: self.plans, kept, bodies }
+        let (plan, given, kept) = (Plan::default(), HashSet::new(), HashMap::new());
+        Ready { m: self.m, settings, plan, given, plans: self.plans, kept, bodies }
     }
 
+    /// What `wanted` need, where `given` are there already.
     fn region(
         &mut self,
         region: Region,
+        given: &HashSet<Value>,
         wanted: &[Value],
         versions: &BTreeMap<Symbol, i64>,
     ) -> Result<Plan<'m>, ExecError> {
@@ -142,7 +152,7 @@ impl<'m> Planner<'m> {
         let mut steps = Vec::new();
         for &op in m.regions[region].ops.iter().rev() {
             let data = &m.ops[op];
-            if !data.results.iter().flatten().any(|v| needed.contains(v)) {
+            if !data.results.iter().flatten().any(|v| needed.contains(v) && !given.contains(v)) {
                 continue;
             }
             // A Constant is read where it is used, as an initializer is.
@@ -151,7 +161,7 @@ impl<'m> Planner<'m> {
             }
             let callee = self.callee(op, versions)?;
             for r in data.attrs.regions() {
-                let inner = self.region(r, &m.regions[r].results, versions)?;
+                let inner = self.region(r, &HashSet::new(), &m.regions[r].results, versions)?;
                 self.plans.insert(r, inner);
             }
             // Results that nobody reads go at once; of what is read, the last reader frees it.
@@ -199,7 +209,7 @@ impl<'m> Planner<'m> {
         let fail = |source| ExecError::Op { op: call.name.clone(), node: call.loc.clone(), source };
         calls::check_chain(&self.chain, &f.body, f).map_err(fail)?;
         self.chain.push(f.body);
-        let plan = self.region(f.body, &self.m.regions[f.body].results, &f.opsets)?;
+        let plan = self.region(f.body, &HashSet::new(), &self.m.regions[f.body].results, &f.opsets)?;
         self.chain.pop();
         self.plans.insert(f.body, plan);
         Ok(())
@@ -275,9 +285,11 @@ impl Ready<'_> {
             || self.plan.steps.iter().any(|s| graph::reads(self.m, s.op).contains(&v))
     }
 
-    /// Wanted values that no op computes: inputs and constants.
+    /// Wanted values that no op computes: inputs, constants, and what is given beside them.
     fn emit_given(&self, env: &Env, sink: &mut Sink) -> Result<(), ExecError> {
-        let given = |v: &Value| self.m.def_op(*v).is_none() || self.m.const_of(*v).is_some();
+        let given = |v: &Value| {
+            self.given.contains(v) || self.m.def_op(*v).is_none() || self.m.const_of(*v).is_some()
+        };
         let mut given: Vec<Value> = self.plan.wanted.iter().copied().filter(given).collect();
         given.sort();
         for v in given {

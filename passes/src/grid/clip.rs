@@ -91,24 +91,34 @@ fn mean(gram: &[f64], k: usize, range: std::ops::Range<usize>) -> f64 {
 }
 
 /// One lane per output.
-type Lanes = [f32; LANES];
+pub(super) type Lanes = [f32; LANES];
 
 /// Working space of one thread: rows as in a block.
 #[derive(Debug, Default)]
 pub struct Space {
-    codes: Vec<Lanes>,
-    error: Vec<Lanes>,
-    /// `G x`.
-    gx: Vec<Lanes>,
+    pub(super) codes: Vec<Lanes>,
+    pub(super) error: Vec<Lanes>,
     /// `G e`.
-    ge: Vec<Lanes>,
+    pub(super) ge: Vec<Lanes>,
+    /// `code - zero`.
+    points: Vec<Lanes>,
+    /// `G` times those.
+    gc: Vec<Lanes>,
+}
+
+impl Space {
+    pub(super) fn resize(&mut self, rows: usize) {
+        for part in [&mut self.codes, &mut self.error, &mut self.ge, &mut self.points, &mut self.gc] {
+            part.resize(rows, [0.0; LANES]);
+        }
+    }
 }
 
 /// One grid per lane.
 #[derive(Clone, Copy)]
-struct Grid {
-    scale: Lanes,
-    zero: Lanes,
+pub(super) struct Grid {
+    pub(super) scale: Lanes,
+    pub(super) zero: Lanes,
 }
 
 impl Quantizer for Clip {
@@ -122,19 +132,16 @@ impl Quantizer for Clip {
     fn block(&self, spec: &Spec, at: At, x: &Block, out: &mut BlockOut, space: &mut Space) -> Stats {
         let gram = &self.blocks[at.group];
         let top = spec.max_code() as f32;
-        for rows in [&mut space.codes, &mut space.error, &mut space.gx, &mut space.ge] {
-            rows.resize(x.len(), [0.0; LANES]);
-        }
+        space.resize(x.len());
         let (mut grid, cost) = search(spec, x, gram, &mut space.error);
         nearest(x, &grid, top, &mut space.codes);
         if self.descend {
             let found = grid;
             errors(x, &space.codes, &grid, &mut space.error);
-            multiply(gram, x, &mut space.gx);
             multiply(gram, &space.error, &mut space.ge);
             for _ in 0..ROUNDS {
                 descend(gram, &grid, top, space);
-                refit(spec, x, &mut grid, space);
+                refit(spec, gram, &mut grid, space);
             }
             descend(gram, &grid, top, space);
             errors(x, &space.codes, &grid, &mut space.error);
@@ -147,7 +154,7 @@ impl Quantizer for Clip {
 }
 
 /// The cheapest of the shrunk grids under nearest codes, and what it costs. Ties go to the wider grid.
-fn search(spec: &Spec, x: &Block, gram: &[f32], error: &mut [Lanes]) -> (Grid, Lanes) {
+pub(super) fn search(spec: &Spec, x: &Block, gram: &[f32], error: &mut [Lanes]) -> (Grid, Lanes) {
     let range = Range::of(x);
     let top = spec.max_code() as f32;
     let mut best: Option<(Grid, Lanes)> = None;
@@ -213,7 +220,7 @@ fn keep_better(
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn nearest(x: &Block, grid: &Grid, top: f32, codes: &mut [Lanes]) {
+pub(super) fn nearest(x: &Block, grid: &Grid, top: f32, codes: &mut [Lanes]) {
     let r = grid.scale.map(reciprocal);
     for (x, c) in x.iter().zip(codes) {
         for l in 0..LANES {
@@ -233,7 +240,7 @@ fn nearest_errors(x: &Block, grid: &Grid, top: f32, error: &mut [Lanes]) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn errors(x: &Block, codes: &[Lanes], grid: &Grid, error: &mut [Lanes]) {
+pub(super) fn errors(x: &Block, codes: &[Lanes], grid: &Grid, error: &mut [Lanes]) {
     for ((x, c), e) in x.iter().zip(codes).zip(error) {
         for l in 0..LANES {
             e[l] = (c[l] - grid.zero[l]) * grid.scale[l] - x[l];
@@ -305,7 +312,7 @@ fn multiply(gram: &[f32], x: &[Lanes], out: &mut [Lanes]) {
 
 /// Moves single codes to where the cost is least, the others standing still, and keeps `ge` up to date.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn descend(gram: &[f32], grid: &Grid, top: f32, space: &mut Space) {
+pub(super) fn descend(gram: &[f32], grid: &Grid, top: f32, space: &mut Space) {
     let steps = grid.scale.map(reciprocal);
     let g = space.codes.len();
     for _ in 0..SWEEPS {
@@ -341,42 +348,35 @@ fn descend(gram: &[f32], grid: &Grid, top: f32, space: &mut Space) {
     }
 }
 
-/// The scale that costs least for the codes as they are: `c^T G x / c^T G c` with `c = code - zero`.
+/// Moves the scale to where the cost is least, the codes standing still, and keeps `ge` up to date. What the weights
+/// of other groups cost with these is in `ge` too, where the caller put it there.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn refit(spec: &Spec, x: &Block, grid: &mut Grid, space: &mut Space) {
-    let steps = grid.scale.map(reciprocal);
-    // `G c` is `(G x + G e) / scale`.
-    let (mut up, mut down, mut before) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
-    for (k, x) in x.iter().enumerate() {
-        let (codes, gx, ge) = (&space.codes[k], &space.gx[k], &space.ge[k]);
+pub(super) fn refit(spec: &Spec, gram: &[f32], grid: &mut Grid, space: &mut Space) {
+    for (c, code) in space.points.iter_mut().zip(&space.codes) {
         for l in 0..LANES {
-            let c = codes[l] - grid.zero[l];
-            up[l] += c * gx[l];
-            down[l] += c * ((gx[l] + ge[l]) * steps[l]);
-            before[l] += (c * grid.scale[l] - x[l]) * ge[l];
+            c[l] = code[l] - grid.zero[l];
         }
     }
-    let mut scale = grid.scale;
+    multiply(gram, &space.points, &mut space.gc);
+    // A step `d` of the scale costs `d (2 c^T G e + d c^T G c)`.
+    let (mut slope, mut bend) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for ((c, ge), gc) in space.points.iter().zip(&space.ge).zip(&space.gc) {
+        for l in 0..LANES {
+            slope[l] += c[l] * ge[l];
+            bend[l] += c[l] * gc[l];
+        }
+    }
+    let mut step = [0.0f32; LANES];
     for l in 0..LANES {
-        let s = spec.stored(up[l] / down[l]);
-        if s.is_finite() && s != 0.0 && steps[l] != 0.0 {
-            scale[l] = s;
+        let scale = spec.stored(grid.scale[l] - slope[l] / bend[l]);
+        let d = scale - grid.scale[l];
+        if scale.is_finite() && scale != 0.0 && d * (2.0 * slope[l] + d * bend[l]) < 0.0 {
+            (grid.scale[l], step[l]) = (scale, d);
         }
     }
-    let ratio: Lanes = std::array::from_fn(|l| scale[l] * steps[l]);
-    let mut after = [0.0f32; LANES];
-    for (k, x) in x.iter().enumerate() {
-        let (codes, gx, ge) = (&space.codes[k], &space.gx[k], &space.ge[k]);
+    for (ge, gc) in space.ge.iter_mut().zip(&space.gc) {
         for l in 0..LANES {
-            let e = (codes[l] - grid.zero[l]) * scale[l] - x[l];
-            after[l] += e * ((gx[l] + ge[l]) * ratio[l] - gx[l]);
-        }
-    }
-    let better: [bool; LANES] = std::array::from_fn(|l| after[l] < before[l] && after[l] >= 0.0);
-    for l in (0..LANES).filter(|&l| better[l]) {
-        grid.scale[l] = scale[l];
-        for (ge, gx) in space.ge.iter_mut().zip(&space.gx) {
-            ge[l] = (gx[l] + ge[l]) * ratio[l] - gx[l];
+            ge[l] += step[l] * gc[l];
         }
     }
 }

@@ -10,11 +10,16 @@
 
 mod block;
 mod clip;
+pub mod compensate;
+mod cost;
+mod given;
 pub mod pack;
 mod rtn;
 
 pub use block::{At, Block, BlockOut, Float, LANES, Layout, Matrix};
 pub use clip::Clip;
+pub use cost::Cost;
+pub use given::Given;
 pub use rtn::{Range, Rtn, encode, fake_quantize};
 
 use crate::qtensor::container;

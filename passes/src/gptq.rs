@@ -1,0 +1,246 @@
+//! `gptq`: rounding that makes up for its own errors (Frantar et al., "GPTQ", ICLR 2023).
+//!
+//! The Gram matrix of each linear's activations is gathered over the calibration data, which is not kept. Weights are
+//! rounded one input after the other, and those not yet rounded take up the error ([`crate::grid::compensate`]).
+
+mod sequential;
+
+use crate::gram;
+use crate::grid::compensate::{self, Method};
+use crate::grid::{self, Cost, Float, Layout, Matrix};
+use crate::group::{self, Group, groups, output_error};
+use crate::quantize::{GridOptions, Notes, Shared, dequantize, each, quantize_matrix, scale_type};
+use crate::store::{Finished, Key, Work};
+use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
+use dialects::ir::Module;
+use sequential::{Pair, Seen};
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// The pass and its options.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Gptq {
+    /// The grid.
+    #[serde(flatten)]
+    pub options: GridOptions,
+    /// Inputs with large activations are rounded first.
+    pub act_order: bool,
+    /// Grids are chosen before any rounding. Without it a group's grid is chosen when its turn comes, which needs the
+    /// order of the inputs (`act_order=false`): no runtime reads another.
+    pub static_groups: bool,
+    /// What is added to the diagonal of the Gram matrix, in means of it.
+    pub damp: f64,
+    /// Inputs that are rounded between two updates of all others; no more than a matter of speed.
+    pub block: usize,
+    /// Whether the calibration data is led through what is quantized already.
+    pub sequential: Sequential,
+    /// Whether each group's range is chosen for the least error that cannot be made up for, or spans its weights.
+    pub clip: bool,
+    /// Turns of the descent after rounding.
+    pub sweeps: u32,
+    /// Which weights.
+    #[serde(flatten)]
+    pub filter: Filter,
+}
+
+/// How much of the model is quantized before activations are computed anew.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sequential {
+    /// The linears that read one value.
+    #[default]
+    Layer,
+    /// All linears up to the next place where a single value passes, such as half a transformer layer.
+    Block,
+    /// All: activations are those of the float model.
+    Off,
+}
+
+impl Default for Gptq {
+    fn default() -> Gptq {
+        Gptq {
+            options: GridOptions::default(),
+            act_order: true,
+            static_groups: true,
+            damp: 0.01,
+            block: 128,
+            sequential: Sequential::Layer,
+            clip: true,
+            sweeps: 2,
+            filter: Filter::default(),
+        }
+    }
+}
+
+const NAME: &str = "gptq";
+
+impl Pass for Gptq {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "quantizes weights one input after the other, the rest making up for the error"
+    }
+
+    fn exactness(&self) -> Exactness {
+        Exactness::Lossy
+    }
+
+    fn consumes(&self) -> OpSet {
+        OpSet::from(["onnx.MatMul", "onnx.Gemm"])
+    }
+
+    fn produces(&self) -> OpSet {
+        OpSet::from(["quant.dequantize"])
+    }
+
+    fn needs_calibration(&self) -> bool {
+        true
+    }
+
+    fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
+        self.check()?;
+        let work = Work::begin(m, cx, NAME, self)?;
+        each(m, cx, NAME, &self.filter, false, |m, cx, weights| self.all(m, cx, weights, &work))
+    }
+}
+
+impl Gptq {
+    fn check(&self) -> Result<(), PassError> {
+        self.options.check(NAME)?;
+        let fail = |option, why: &str| Err(PassError::Option { pass: NAME, option, why: why.into() });
+        if !(self.damp >= 0.0 && self.damp <= 1.0) {
+            return fail("damp", &format!("expected 0 to 1, found {}", self.damp));
+        }
+        if !(1..=4096).contains(&self.block) {
+            return fail("block", &format!("expected 1 to 4096, found {}", self.block));
+        }
+        if self.act_order && !self.static_groups {
+            let why = "with act_order=true groups are static: no runtime reads weights whose groups are out of order";
+            return fail("static_groups", why);
+        }
+        Ok(())
+    }
+
+    fn all(
+        &self,
+        m: &mut Module,
+        cx: &mut PassCx,
+        weights: Vec<Shared>,
+        work: &Work,
+    ) -> Result<(), PassError> {
+        let first = cx.report.weights.len();
+        let groups = groups(m, weights);
+        let keyed: Vec<Key> = groups.iter().map(|g| work.key(m, &g.weights)).collect();
+        let progress = cx.env.progress(NAME, groups.len() as u64);
+        let steps = self.steps(m, &groups);
+        let mut pair = match self.sequential {
+            Sequential::Off => None,
+            _ => Some(Pair::new(m, cx)?),
+        };
+        for step in steps {
+            let (groups, keys) = (&groups[step.clone()], &keyed[step]);
+            let find = |(key, g): (&Key, &Group)| work.finished(m, cx, key, &g.weights);
+            let finished: Vec<Option<Finished>> =
+                keys.iter().zip(groups).map(find).collect::<Result<_, _>>()?;
+            let open: Vec<&Group> =
+                groups.iter().zip(&finished).filter(|(_, done)| done.is_none()).map(|(g, _)| g).collect();
+            let mut seen = match &mut pair {
+                _ if open.is_empty() => Vec::new(),
+                Some(pair) => pair.see(m, &open)?,
+                None => self.watch(m, cx, &open)?,
+            }
+            .into_iter();
+            for ((group, key), done) in groups.iter().zip(keys).zip(finished) {
+                match done {
+                    Some(done) => drop(done.install(m, cx, NAME, &group.weights)?),
+                    None => {
+                        let seen = seen.next().expect("every open group was watched");
+                        work.keep(key, &self.group(m, cx, group, seen)?)?;
+                    }
+                }
+                if !progress.advance(1) {
+                    return Err(PassError::Env("interrupted".into()));
+                }
+            }
+        }
+        group::finish(m, cx, NAME, work, &self.filter, &self.options, first)
+    }
+
+    /// Which groups are watched together, in program order.
+    fn steps(&self, m: &Module, groups: &[Group]) -> Vec<Range<usize>> {
+        let cut = |starts: Vec<usize>| -> Vec<Range<usize>> {
+            let ends = starts.iter().skip(1).copied().chain([groups.len()]);
+            starts.iter().copied().zip(ends).map(|(a, b)| a..b).collect()
+        };
+        match self.sequential {
+            _ if groups.is_empty() => Vec::new(),
+            Sequential::Layer => cut((0..groups.len()).collect()),
+            Sequential::Block => cut(sequential::blocks(m, groups)),
+            Sequential::Off => {
+                let runs = gram::runs((0..groups.len()).collect(), |&g| groups[g].k, gram::BUDGET);
+                cut(runs.iter().map(|run| run[0]).collect())
+            }
+        }
+    }
+
+    /// The Gram matrices of groups in the model as it is.
+    fn watch(&self, m: &Module, cx: &PassCx, groups: &[&Group]) -> Result<Vec<Seen>, PassError> {
+        let wanted: Vec<_> = groups.iter().map(|g| (g.x, g.k)).collect();
+        let mut grams = gram::collect(m, cx, &wanted, NAME)?;
+        let seen = |g: &&Group| Seen {
+            gram: grams.remove(&g.x).expect("every wanted value was collected"),
+            pull: g.weights.iter().map(|_| None).collect(),
+        };
+        Ok(groups.iter().map(seen).collect())
+    }
+
+    fn group(
+        &self,
+        m: &mut Module,
+        cx: &mut PassCx,
+        group: &Group,
+        seen: Seen,
+    ) -> Result<Finished, PassError> {
+        let k = group.k;
+        let mark = cx.report.mark();
+        let mut done = Vec::new();
+        let cost = Cost::new(seen.gram, self.damp, self.act_order);
+        for (shared, pull) in group.weights.iter().zip(seen.pull) {
+            let w = group::rows(m, NAME, shared)?;
+            let elem = m.ty(shared.first().operand).elem().unwrap_or(shared.first().elem);
+            let spec = self.options.spec(k, scale_type(elem, cx.settings));
+            let method = Method {
+                block: self.block,
+                static_groups: self.static_groups,
+                clip: self.clip,
+                sweeps: self.sweeps,
+            };
+            let bytes = bytemuck::cast_slice(&w.values);
+            let matrix = Matrix { bytes, float: Float::F32, layout: Layout::Nk, n: w.n, k };
+            let Some(cost) = &cost else {
+                let notes =
+                    vec!["rounded to nearest: its activations are zero on the calibration data".into()];
+                let notes = Notes { method: "rtn".into(), notes, ..Notes::default() };
+                let q = quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &grid::Rtn, notes)?;
+                done.push(q.0);
+                continue;
+            };
+            let target = pull.map(|pull| cost.pulled(&w.values, pull));
+            let given = compensate::quantize(target.as_deref().unwrap_or(&w.values), cost, &spec, &method);
+            let notes = Notes { method: NAME.into(), ..Notes::default() };
+            let at = cx.report.weights.len();
+            let (kept, _) = quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &given, notes)?;
+            let q = dequantize(&kept)?;
+            let off = |from: usize, out: &mut [f32]| {
+                let from = from * k;
+                out.iter_mut().enumerate().for_each(|(i, e)| *e = q[from + i] - w.values[from + i]);
+            };
+            cx.report.weights[at].output_error = output_error(&w, k, &cost.h, off);
+            done.push(kept);
+        }
+        Ok(Finished { scale: None, weights: done, said: cx.report.since(&mark) })
+    }
+}

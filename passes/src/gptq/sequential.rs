@@ -1,0 +1,186 @@
+//! Calibration that sees what is quantized already: layer after layer, on the activations `x'` that the quantized layers
+//! before it make.
+//!
+//! The float model runs beside the quantized one, and a weight is to give the *float* model's output from `x'`, not its
+//! own (Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025; Zhang et al.,
+//! "Qronos", 2025): `min |Z - (R' + V X')|^2` over `V`, where `Z` is the float model's value after the linear, and after the
+//! residual connection that its output joins, whose error in the quantized model is `R'`'s. With the difference
+//! `D = Z - Z'` of the two models, while the weight `W` is still float in both, the solution is
+//! `V = W + D X'^T (X' X'^T + damp)^-1`, and `V` is then rounded under `X' X'^T`.
+
+use super::NAME;
+use crate::gram::Gram;
+use crate::group::Group;
+use crate::{Leg, PassCx, PassError, Stream};
+use dialects::exec::ExecError;
+use dialects::ir::{Module, Op, Use, Value, graph};
+use dialects::kernels::gemm::{self, Mat};
+use dialects::ops::Item;
+use rayon::prelude::*;
+use std::collections::{HashMap, HashSet};
+
+/// What the data says of one group.
+pub struct Seen {
+    /// The Gram matrix of what the quantized model gives to the group.
+    pub gram: Gram,
+    /// For each weight `D^T X'`, `[N, K]`, unless it is used more than once.
+    pub pull: Vec<Option<Vec<f32>>>,
+}
+
+/// The data on its way through the float model and the one that is being quantized.
+pub struct Pair<'e> {
+    float: Module,
+    exact: Box<dyn Stream + 'e>,
+    quantized: Box<dyn Stream + 'e>,
+}
+
+/// A weight's place in the comparison: after its linear, or after the residual connection.
+fn target(m: &Module, op: Op) -> Option<Value> {
+    let uses = m.uses();
+    let mut y = m.ops[op].result(0)?;
+    // A bias stands between in many exports.
+    for _ in 0..2 {
+        let [Use::Operand(next, index)] = uses.of(y) else { return Some(y) };
+        let data = &m.ops[*next];
+        let other = data.operand(1 - (*index).min(1));
+        let Some(other) = other.filter(|_| data.is("onnx.Add") && data.region == m.top) else {
+            return Some(y);
+        };
+        let sum = data.result(0)?;
+        // A sum that spreads the output over more dims is another thing.
+        let shape = |v: Value| m.ty(v).dims().map(|d| (d.len(), d.last().cloned()));
+        if shape(sum) != shape(y) {
+            return Some(y);
+        }
+        y = sum;
+        if m.const_of(other).is_none() {
+            return Some(y);
+        }
+    }
+    Some(y)
+}
+
+impl<'e> Pair<'e> {
+    /// The data before the model, of which nothing is quantized yet.
+    pub fn new(m: &Module, cx: &PassCx<'e>) -> Result<Pair<'e>, PassError> {
+        let env = cx.env;
+        Ok(Pair { float: m.clone(), exact: env.stream()?, quantized: env.stream()? })
+    }
+
+    /// Leads the data to the first of these groups, and looks on to the others.
+    pub fn see(&mut self, m: &Module, groups: &[&Group]) -> Result<Vec<Seen>, PassError> {
+        let targets: Vec<Vec<Option<Value>>> = groups
+            .iter()
+            .map(|g| {
+                let of = |uses: &[crate::linear::Linear]| match uses {
+                    [one] => target(m, one.op),
+                    _ => None,
+                };
+                g.weights.iter().map(|w| of(&w.uses)).collect()
+            })
+            .collect();
+        let to = [groups[0].x];
+        let mut peek: Vec<Value> = groups[1..].iter().map(|g| g.x).collect();
+        peek.extend(targets.iter().flatten().flatten());
+        let all: Vec<Value> = to.iter().chain(&peek).copied().collect();
+        // Nothing is changed in the float model, which is led as far as it is looked at.
+        let mut exact = self.exact.advance(&self.float, &all, &[])?;
+        let mut quantized = self.quantized.advance(m, &to, &peek)?;
+        let mut seen: Vec<Seen> = groups
+            .iter()
+            .zip(&targets)
+            .map(|(g, t)| {
+                let pull = g.weights.iter().zip(t).map(|(w, t)| t.map(|_| vec![0f32; w.first().n * g.k]));
+                Seen { gram: Gram::new(g.k), pull: pull.collect() }
+            })
+            .collect();
+        loop {
+            let float = batch(&mut *exact)?;
+            let found = batch(&mut *quantized)?;
+            let (Some(float), Some(found)) = (float, found) else { break };
+            let values = |from: &HashMap<Value, Item>, v: Value| -> Result<Vec<f32>, PassError> {
+                let fail = |why: String| PassError::At { pass: NAME, what: m.value_label(v), why };
+                let item = from.get(&v).ok_or_else(|| fail("was not computed".into()))?;
+                let t = item.tensor().map_err(|e| fail(e.to_string()))?;
+                Ok(t.to_f32().map_err(|e| fail(e.to_string()))?.into_owned())
+            };
+            for ((group, targets), seen) in groups.iter().zip(&targets).zip(&mut seen) {
+                let x = values(&found, group.x)?;
+                seen.gram.add(&x);
+                for (target, pull) in targets.iter().zip(&mut seen.pull) {
+                    let (Some(v), Some(pull)) = (target, pull) else { continue };
+                    let (z, z_now) = (values(&float, *v)?, values(&found, *v)?);
+                    let d: Vec<f32> = z.iter().zip(&z_now).map(|(a, b)| a - b).collect();
+                    add_product(pull, &d, &x, group.k);
+                }
+            }
+        }
+        Ok(seen)
+    }
+}
+
+/// The values of the next batch.
+fn batch(leg: &mut dyn Leg) -> Result<Option<HashMap<Value, Item>>, PassError> {
+    let mut out = HashMap::new();
+    let more = leg.step(&mut |v, item| -> Result<(), ExecError> {
+        out.insert(v, item.clone());
+        Ok(())
+    })?;
+    Ok(more.then_some(out))
+}
+
+/// Outputs that one task adds to.
+const TILE: usize = 64;
+
+/// `sum += d^T x` for `d` of `[rows, N]` and `x` of `[rows, K]`.
+fn add_product(sum: &mut [f32], d: &[f32], x: &[f32], k: usize) {
+    let n = sum.len() / k.max(1);
+    let rows = x.len() / k.max(1);
+    let (d, x) = (Mat::new(d, rows, n), Mat::new(x, rows, k));
+    sum.par_chunks_mut(TILE * k).enumerate().for_each(|(i, sum)| {
+        let from = i * TILE;
+        let mut part = vec![0f32; sum.len()];
+        gemm::tile(d.cols(from, from + sum.len() / k).t(), x, &mut part);
+        sum.iter_mut().zip(&part).for_each(|(s, p)| *s += p);
+    });
+}
+
+/// Cuts groups, in program order, into blocks: from one to the next there is a place in the program where a single value
+/// that depends on a linear of them is still to be read, such as the sum that runs through a transformer.
+pub fn blocks(m: &Module, groups: &[Group]) -> Vec<usize> {
+    let ops = &m.regions[m.top].ops;
+    let place: HashMap<Op, usize> = ops.iter().enumerate().map(|(i, &op)| (op, i)).collect();
+    let linears = |g: &Group| {
+        g.weights.iter().flat_map(|w| &w.uses).filter_map(|l| place.get(&l.op).copied()).collect::<Vec<_>>()
+    };
+    let starts: Vec<usize> = groups.iter().map(|g| linears(g).into_iter().min().unwrap_or(0)).collect();
+    let own: HashSet<usize> = groups.iter().flat_map(linears).collect();
+    let mut last: HashMap<Value, usize> = HashMap::new();
+    for (i, &op) in ops.iter().enumerate() {
+        last.extend(graph::reads(m, op).into_iter().map(|v| (v, i)));
+    }
+    last.extend(m.regions[m.top].results.iter().map(|&v| (v, ops.len())));
+    let (mut touched, mut live) = (HashSet::new(), HashSet::new());
+    // Whether a single value was live at some place since the last cut.
+    let (mut narrow, mut cuts) = (false, vec![0]);
+    for (i, &op) in ops.iter().enumerate() {
+        if let Some(g) = starts.iter().position(|&s| s == i)
+            && narrow
+            && g > 0
+        {
+            cuts.push(g);
+        }
+        if own.contains(&i) {
+            narrow = false;
+        }
+        if own.contains(&i) || graph::reads(m, op).iter().any(|v| touched.contains(v)) {
+            for v in m.ops[op].results.iter().flatten() {
+                touched.insert(*v);
+                live.insert(*v);
+            }
+        }
+        live.retain(|v| last.get(v).is_some_and(|&at| at > i));
+        narrow |= live.len() == 1;
+    }
+    cuts
+}

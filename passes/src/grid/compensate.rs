@@ -1,0 +1,325 @@
+//! Rounding with compensation: the error of every weight is made up for by those that are rounded after it.
+//!
+//! GPTQ (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR
+//! 2023, section 3), in the form that needs no inverse. With the Gram matrix `H` of the inputs and errors `e` of one
+//! output's weights, the output's error is `e^T H e`. The inputs are put in the order in which they are *not* rounded
+//! (last is first) and `H = L L^T` is factored, so that
+//! `e^T H e = sum_s (L[s,s] e_s + sum_{t > s} L[t,s] e_t)^2`: when `s` is rounded, the later terms are known, and its own
+//! term is least where `w_s + sum_{t > s} L[t,s] / L[s,s] (w_t - q_t)` is rounded instead of `w_s`. This is what GPTQ's updates with the
+//! Cholesky factor of the inverse come to (and Babai's nearest plane: Chen et al., "The Geometry of LLM Quantization", 2025).
+//!
+//! Afterwards groups of weights take turns: single codes move to where the whole cost is least while all else stands
+//! still, and scales are refitted (coordinate descent under all of `H`, as in QuantEase, Behdin et al. 2023). No step
+//! raises the cost.
+//!
+//! A tile of outputs is worked on by one thread; what outputs share is the matrix alone.
+
+use super::clip::{self, Grid, Lanes, Space};
+use super::rtn::{code, reciprocal};
+use super::{Block, Cost, Given, LANES, Range, Spec};
+use dialects::kernels::gemm::{self, Mat};
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+/// Outputs of a tile at most.
+const TILE: usize = 128;
+
+/// How to round.
+#[derive(Clone, Copy, Debug)]
+pub struct Method {
+    /// Inputs that are rounded between two updates of all others.
+    pub block: usize,
+    /// Grids are chosen before any rounding; otherwise when a group's turn comes, for the weights as they are then.
+    pub static_groups: bool,
+    /// Ranges are shrunk where that costs less.
+    pub clip: bool,
+    /// Turns of the descent.
+    pub sweeps: u32,
+}
+
+/// Quantizes the rows `w`, `[N, K]`.
+pub fn quantize(w: &[f32], cost: &Cost, spec: &Spec, method: &Method) -> Given {
+    let k = cost.k;
+    let n = w.len() / k.max(1);
+    let kb = spec.groups(k);
+    let blocks = Blocks::new(cost, spec, method);
+    let mut out = Given {
+        k,
+        codes: vec![0; n * k],
+        scales: vec![0.0; n * kb],
+        zero_points: vec![spec.middle() as u8; n * kb],
+    };
+    let width = (n / 8).next_multiple_of(LANES).clamp(LANES, TILE);
+    let tiles = out.codes.par_chunks_mut(width * k).zip(out.scales.par_chunks_mut(width * kb));
+    let tiles = tiles.zip(out.zero_points.par_chunks_mut(width * kb)).zip(w.par_chunks(width * k));
+    tiles.for_each(|(((codes, scales), zeros), w)| {
+        let mut tile = Tile::new(w, cost, &blocks, spec, method, width);
+        tile.round();
+        for _ in 0..method.sweeps {
+            if !tile.sweep() {
+                break;
+            }
+        }
+        tile.write(codes, scales, zeros);
+    });
+    out
+}
+
+/// What the groups need of the cost.
+struct Blocks {
+    /// The block of `H` of each group.
+    own: Vec<Vec<f32>>,
+    /// What an error costs that can be made up for later, for the search of the range.
+    metric: Vec<Vec<f32>>,
+}
+
+impl Blocks {
+    fn new(cost: &Cost, spec: &Spec, _method: &Method) -> Blocks {
+        let k = cost.k;
+        let range = |g: usize| g * spec.group_size..k.min((g + 1) * spec.group_size);
+        let own = |g: usize| -> Vec<f32> {
+            range(g).flat_map(|i| range(g).map(move |j| (i, j))).map(|(i, j)| cost.h[i * k + j]).collect()
+        };
+        let own: Vec<Vec<f32>> = (0..spec.groups(k)).map(own).collect();
+        let mut conditional = vec![0f32; k];
+        for (s, &i) in cost.order.iter().enumerate() {
+            conditional[i as usize] = cost.factor[s * k + s].powi(2);
+        }
+        let var = std::env::var("QCC_METRIC").unwrap_or_default();
+        let metric = (0..spec.groups(k))
+            .map(|g| {
+                let size = range(g).len();
+                let diagonal = |d: &dyn Fn(usize) -> f32| {
+                    let mut out = vec![0f32; size * size];
+                    range(g).enumerate().for_each(|(i, at)| out[i * (size + 1)] = d(at));
+                    out
+                };
+                match var.as_str() {
+                    "diag" => diagonal(&|i| cost.h[i * k + i]),
+                    "one" => diagonal(&|_| 1.0),
+                    "block" => own[g].clone(),
+                    "cond" => diagonal(&|i| conditional[i]),
+                    _ => diagonal(&|_| 1.0),
+                }
+            })
+            .collect();
+        Blocks { own, metric }
+    }
+}
+
+/// Some outputs, one column each: all buffers are `[.., width]`.
+struct Tile<'a> {
+    cost: &'a Cost,
+    blocks: &'a Blocks,
+    spec: &'a Spec,
+    method: &'a Method,
+    width: usize,
+    outputs: usize,
+    /// Weights `[K, width]`.
+    w: Vec<f32>,
+    /// Codes `[K, width]`.
+    codes: Vec<f32>,
+    /// `[kb, width]`.
+    scales: Vec<f32>,
+    zeros: Vec<f32>,
+}
+
+impl<'a> Tile<'a> {
+    fn new(
+        rows: &[f32],
+        cost: &'a Cost,
+        blocks: &'a Blocks,
+        spec: &'a Spec,
+        method: &'a Method,
+        width: usize,
+    ) -> Tile<'a> {
+        let k = cost.k;
+        let outputs = rows.len() / k;
+        let mut w = vec![0f32; k * width];
+        for (n, row) in rows.chunks_exact(k).enumerate() {
+            row.iter().enumerate().for_each(|(i, &x)| w[i * width + n] = x);
+        }
+        let kb = spec.groups(k);
+        let (codes, scales) = (vec![0f32; k * width], vec![0f32; kb * width]);
+        let zeros = vec![0f32; kb * width];
+        Tile { cost, blocks, spec, method, width, outputs, w, codes, scales, zeros }
+    }
+
+    /// The grids of group `g` for these weights, `[group, width]`.
+    fn place(&mut self, g: usize, weights: &[f32]) {
+        let mut x = vec![[0f32; LANES]; weights.len() / self.width];
+        let mut error = x.clone();
+        for lane in (0..self.width).step_by(LANES) {
+            load(weights, self.width, lane, &mut x);
+            let grid = self.grid(g, &x, &mut error);
+            self.scales[g * self.width + lane..][..LANES].copy_from_slice(&grid.scale);
+            self.zeros[g * self.width + lane..][..LANES].copy_from_slice(&grid.zero);
+        }
+    }
+
+    fn grid(&self, g: usize, x: &Block, error: &mut [Lanes]) -> Grid {
+        if self.method.clip {
+            return clip::search(self.spec, x, &self.blocks.metric[g], error).0;
+        }
+        let (scale, zero) = Range::of(x).grid(self.spec);
+        Grid { scale, zero }
+    }
+
+    /// GPTQ.
+    fn round(&mut self) {
+        let (k, width, size) = (self.cost.k, self.width, self.spec.group_size);
+        if self.method.static_groups {
+            for g in 0..self.spec.groups(k) {
+                let rows = g * size..k.min((g + 1) * size);
+                let weights = self.w[rows.start * width..rows.end * width].to_vec();
+                self.place(g, &weights);
+            }
+        }
+        let block = match self.method.static_groups {
+            true => self.method.block,
+            // A group lies in one block, so that its weights are up to date when its turn comes.
+            false => self.method.block.next_multiple_of(size),
+        };
+        let l = &self.cost.factor;
+        let mut errors = vec![0f32; k * width];
+        let mut known = vec![0f32; block.min(k) * width];
+        // Blocks start at the inputs that are rounded first: the end of the order.
+        for done in (0..k).step_by(block) {
+            let (from, to) = (k - k.min(done + block), k - done);
+            let known = &mut known[..(to - from) * width];
+            let ahead = Mat::new(l, k, k).rows(to, k).cols(from, to).t();
+            gemm::tile(ahead, Mat::new(&errors[to * width..], k - to, width), known);
+            for s in (from..to).rev() {
+                let at = self.cost.order[s] as usize;
+                let g = at / size;
+                if !self.method.static_groups && at.is_multiple_of(size) {
+                    let last = s + 1 - size.min(k - at);
+                    let updated: Vec<f32> = (last..=s)
+                        .rev()
+                        .flat_map(|s| {
+                            let at = self.cost.order[s] as usize;
+                            let per = 1.0 / l[s * k + s];
+                            let (w, known) = (&self.w[at * width..][..width], &known[(s - from) * width..]);
+                            w.iter().zip(known).map(move |(w, c)| w + c * per).collect::<Vec<f32>>()
+                        })
+                        .collect();
+                    self.place(g, &updated);
+                }
+                let (before, own) = known.split_at_mut((s - from) * width);
+                round_input(
+                    Input {
+                        w: &self.w[at * width..][..width],
+                        known: &own[..width],
+                        per: 1.0 / l[s * k + s],
+                        scales: &self.scales[g * width..][..width],
+                        zeros: &self.zeros[g * width..][..width],
+                        top: self.spec.max_code() as f32,
+                    },
+                    &mut self.codes[at * width..][..width],
+                    &mut errors[s * width..][..width],
+                );
+                spread(&l[s * k + from..][..s - from], &errors[s * width..][..width], before);
+            }
+        }
+    }
+
+    /// One turn of the descent over all groups; whether anything moved.
+    fn sweep(&mut self) -> bool {
+        let (k, width, size) = (self.cost.k, self.width, self.spec.group_size);
+        let top = self.spec.max_code() as f32;
+        let mut errors = vec![0f32; k * width];
+        for i in 0..k {
+            let g = i / size;
+            for t in 0..width {
+                let at = i * width + t;
+                let grid = g * width + t;
+                errors[at] = (self.codes[at] - self.zeros[grid]) * self.scales[grid] - self.w[at];
+            }
+        }
+        let mut he = vec![0f32; size.min(k) * width];
+        let mut space = Space::default();
+        let mut x = Vec::new();
+        let mut moved = false;
+        for g in 0..self.spec.groups(k) {
+            let (from, to) = (g * size, k.min((g + 1) * size));
+            let he = &mut he[..(to - from) * width];
+            gemm::tile(Mat::new(&self.cost.h, k, k).rows(from, to), Mat::new(&errors, k, width), he);
+            space.resize(to - from);
+            x.resize(to - from, [0f32; LANES]);
+            for lane in (0..width).step_by(LANES) {
+                load(&self.w[from * width..to * width], width, lane, &mut x);
+                load(&self.codes[from * width..to * width], width, lane, &mut space.codes);
+                load(he, width, lane, &mut space.ge);
+                let lanes = |v: &[f32]| -> Lanes { std::array::from_fn(|l| v[g * width + lane + l]) };
+                let mut grid = Grid { scale: lanes(&self.scales), zero: lanes(&self.zeros) };
+                let before = space.codes.clone();
+                clip::descend(&self.blocks.own[g], &grid, top, &mut space);
+                clip::refit(self.spec, &self.blocks.own[g], &mut grid, &mut space);
+                moved |= before != space.codes;
+                clip::errors(&x, &space.codes, &grid, &mut space.error);
+                self.scales[g * width + lane..][..LANES].copy_from_slice(&grid.scale);
+                store(&space.codes, width, lane, &mut self.codes[from * width..to * width]);
+                store(&space.error, width, lane, &mut errors[from * width..to * width]);
+            }
+        }
+        moved
+    }
+
+    fn write(&self, codes: &mut [u8], scales: &mut [f32], zeros: &mut [u8]) {
+        let (k, kb, width) = (self.cost.k, self.spec.groups(self.cost.k), self.width);
+        for n in 0..self.outputs {
+            (0..k).for_each(|i| codes[n * k + i] = self.codes[i * width + n] as u8);
+            for g in 0..kb {
+                scales[n * kb + g] = self.scales[g * width + n];
+                zeros[n * kb + g] = self.zeros[g * width + n] as u8;
+            }
+        }
+    }
+}
+
+/// Sixteen outputs of `[rows, width]`.
+fn load(from: &[f32], width: usize, lane: usize, to: &mut [Lanes]) {
+    for (to, row) in to.iter_mut().zip(from.chunks_exact(width)) {
+        to.copy_from_slice(&row[lane..lane + LANES]);
+    }
+}
+
+fn store(from: &[Lanes], width: usize, lane: usize, to: &mut [f32]) {
+    for (from, row) in from.iter().zip(to.chunks_exact_mut(width)) {
+        row[lane..lane + LANES].copy_from_slice(from);
+    }
+}
+
+/// One input of a tile's outputs, to be rounded.
+struct Input<'a> {
+    w: &'a [f32],
+    /// `sum_{t > s} L[t,s] e_t`.
+    known: &'a [f32],
+    /// `1 / L[s,s]`.
+    per: f32,
+    scales: &'a [f32],
+    zeros: &'a [f32],
+    top: f32,
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn round_input(input: Input, codes: &mut [f32], errors: &mut [f32]) {
+    let n = codes.len();
+    let (w, known, scales, zeros) = (&input.w[..n], &input.known[..n], &input.scales[..n], &input.zeros[..n]);
+    let errors = &mut errors[..n];
+    for t in 0..n {
+        let c = code(w[t] + known[t] * input.per, reciprocal(scales[t]), zeros[t], input.top);
+        codes[t] = c;
+        errors[t] = w[t] - (c - zeros[t]) * scales[t];
+    }
+}
+
+/// Adds what an error contributes to the inputs of its block that are still to be rounded.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn spread(row: &[f32], errors: &[f32], known: &mut [f32]) {
+    for (&l, known) in row.iter().zip(known.chunks_exact_mut(errors.len())) {
+        for (k, e) in known.iter_mut().zip(errors) {
+            *k += l * e;
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! What errors of weights cost in the output: `e^T H e`, factored once for all outputs.
+
+use crate::gram::Gram;
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
+use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
+use faer::reborrow::ReborrowMut;
+use faer::traits::ComplexField;
+use faer::{MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+/// The most that is added to the diagonal, in means of it; a matrix of activations is factored long before.
+const MOST_DAMP: f64 = 100.0;
+
+/// Outputs that one task solves for.
+const SOLVE_ROWS: usize = 64;
+
+/// A pivot is at least what was added to the diagonal. Where rounding took it below this part of it, single precision
+/// was not enough.
+const LEAST_PIVOT: f32 = 0.5;
+
+/// The cost of errors of one output: `e^T H e` with `H = G / mean(diag G) + damp I` for the Gram matrix `G` of the
+/// inputs.
+#[derive(Debug)]
+pub struct Cost {
+    /// Inputs.
+    pub k: usize,
+    /// `H`, `[K, K]`.
+    pub h: Vec<f32>,
+    /// The inputs in the order in which they are *not* rounded: the last is the first.
+    pub order: Vec<u32>,
+    /// `L` with `H = L L^T` in that order, `[K, K]`, lower; what is above the diagonal has no meaning.
+    pub factor: Vec<f32>,
+    /// What was added to the diagonal, in means of it.
+    pub damp: f64,
+    /// `1 / mean(diag G)`.
+    unit: f32,
+}
+
+impl Cost {
+    /// Of a Gram matrix of finite numbers. With `act_order` the inputs with the largest activations are rounded first,
+    /// otherwise they are rounded as they stand. `damp` is what to add to the diagonal, in means of it; it is raised
+    /// tenfold until the matrix can be factored. `None` where all inputs are zero.
+    pub fn new(gram: Gram, damp: f64, act_order: bool) -> Option<Cost> {
+        let k = gram.k;
+        let diagonal = gram.diagonal();
+        let unit = k as f64 / diagonal.iter().sum::<f64>();
+        if !(unit.is_finite() && unit > 0.0) {
+            return None;
+        }
+        let mut order: Vec<u32> = (0..k as u32).rev().collect();
+        if act_order {
+            order.sort_by(|&a, &b| diagonal[a as usize].total_cmp(&diagonal[b as usize]));
+        }
+        let mut h: Vec<f32> = Vec::new();
+        gram.sums.par_iter().map(|x| (x * unit) as f32).collect_into_vec(&mut h);
+        drop(gram);
+        let mut added = damp;
+        while added <= MOST_DAMP {
+            if let Some(factor) = single(&h, &order, added).or_else(|| double(&h, &order, added)) {
+                (0..k).for_each(|i| h[i * k + i] += added as f32);
+                return Some(Cost { k, h, order, factor, damp: added, unit: unit as f32 });
+            }
+            added = (added * 10.0).max(1e-4);
+        }
+        None
+    }
+}
+
+impl Cost {
+    /// `W + P H^-1` for weights `W` and `P = D^T X`, both `[N, K]`: the weights that make up for the differences `D` of the
+    /// outputs that they should have and those that they have, as far as `H` lets them.
+    pub fn pulled(&self, w: &[f32], mut pull: Vec<f32>) -> Vec<f32> {
+        let k = self.k;
+        let factor = MatRef::from_row_major_slice(&self.factor, k, k);
+        pull.par_chunks_mut(SOLVE_ROWS * k).zip(w.par_chunks(SOLVE_ROWS * k)).for_each(|(pull, w)| {
+            let mut sides: Vec<f32> = Vec::with_capacity(pull.len());
+            for row in pull.chunks_exact(k) {
+                sides.extend(self.order.iter().map(|&i| row[i as usize] * self.unit));
+            }
+            let mut view = MatMut::from_column_major_slice_mut(&mut sides, k, pull.len() / k);
+            solve_lower_triangular_in_place(factor, view.rb_mut(), Par::Seq);
+            solve_upper_triangular_in_place(factor.transpose(), view, Par::Seq);
+            for ((out, w), side) in pull.chunks_exact_mut(k).zip(w.chunks_exact(k)).zip(sides.chunks_exact(k))
+            {
+                self.order.iter().zip(side).for_each(|(&i, d)| out[i as usize] = w[i as usize] + d);
+            }
+        });
+        pull
+    }
+}
+
+/// The factor in single precision, unless that is not enough.
+fn single(h: &[f32], order: &[u32], damp: f64) -> Option<Vec<f32>> {
+    let factor = cholesky(permuted(h, order, damp as f32, |x| x), order.len())?;
+    let k = order.len();
+    let least = LEAST_PIVOT * damp as f32;
+    (0..k).all(|i| factor[i * k + i].powi(2) >= least).then_some(factor)
+}
+
+/// The factor in double precision.
+fn double(h: &[f32], order: &[u32], damp: f64) -> Option<Vec<f32>> {
+    let factor = cholesky(permuted(h, order, damp, f64::from), order.len())?;
+    Some(factor.into_iter().map(|x| x as f32).collect())
+}
+
+fn permuted<T: Copy + Default + Send + Sync + std::ops::AddAssign>(
+    h: &[f32],
+    order: &[u32],
+    damp: T,
+    widen: fn(f32) -> T,
+) -> Vec<T> {
+    let k = order.len();
+    let mut out = vec![T::default(); k * k];
+    out.par_chunks_mut(k.max(1)).zip(order).enumerate().for_each(|(i, (row, &from))| {
+        let from = &h[from as usize * k..][..k];
+        row[..=i].iter_mut().zip(order).for_each(|(x, &at)| *x = widen(from[at as usize]));
+        row[i] += damp;
+    });
+    out
+}
+
+/// `L` in the place of the lower half of a row-major matrix; `None` where that has no positive pivots. On one thread,
+/// whose result is the same for any number of them.
+fn cholesky<T: ComplexField + Copy>(mut a: Vec<T>, k: usize) -> Option<Vec<T>> {
+    let scratch = cholesky_in_place_scratch::<T>(k, Par::Seq, Default::default());
+    let mut memory = MemBuffer::new(scratch);
+    let view = MatMut::from_row_major_slice_mut(&mut a, k, k);
+    let none = LltRegularization::default();
+    let found = cholesky_in_place(view, none, Par::Seq, MemStack::new(&mut memory), Default::default());
+    found.is_ok().then_some(a)
+}
