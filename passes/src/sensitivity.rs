@@ -9,7 +9,8 @@ use crate::linear::{Weighted, find};
 use crate::qtensor::QTensor;
 use crate::quantize::{float, matrix};
 use crate::{
-    CalibSink, Distance, Env, Pass, PassCx, PassError, Progress, Report, Scratch, WeightReport, dce,
+    CalibSink, Distance, Env, Pass, PassCx, PassError, Progress, Report, Scratch, Store, Stream,
+    WeightReport, dce,
 };
 use bytes::Bytes;
 use dialects::ir::infer::infer;
@@ -52,20 +53,13 @@ impl Variant {
         let given: Vec<Value> = consts.into_iter().filter(|&v| out.const_of(v).is_some()).collect();
         out.regions[top].args.retain(|v| !given.contains(v));
         let unscaled = hashes(m)?;
-        let recorder = Recorder {
-            env: cx.env,
-            unscaled: unscaled.values().copied().collect(),
-            found: Mutex::default(),
-            failed: Mutex::default(),
-        };
+        let recorder =
+            Recorder { env: cx.env, unscaled: unscaled.values().copied().collect(), found: Mutex::default() };
         let mut report = Report::default();
         for pass in passes {
             let mut cx = PassCx { ops: cx.ops, env: &recorder, settings: cx.settings, report: &mut report };
             pass.run(&mut out, &mut cx)?;
             infer(&mut out, cx.ops);
-        }
-        if let Some(e) = recorder.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(e);
         }
         let found = recorder.found.into_inner().unwrap_or_else(PoisonError::into_inner);
         report.warnings.drain(..).for_each(|w| cx.report.warn(w));
@@ -254,32 +248,15 @@ struct Recorder<'a> {
     env: &'a dyn Env,
     unscaled: HashSet<[u8; 32]>,
     found: Mutex<Vec<(Value, Float)>>,
-    /// Why a weight could not be kept.
-    failed: Mutex<Option<PassError>>,
-}
-
-impl Recorder<'_> {
-    fn keep(&self, value: Value, weight: &dyn Fn() -> Tensor) -> Result<(), PassError> {
-        let konst = weight().to_const();
-        let fail = |e: ConstError| PassError::Env(e.to_string());
-        let hash = konst.hash().map_err(fail)?;
-        let float = match self.unscaled.contains(&hash) {
-            true => Float::Unscaled(hash),
-            false => {
-                let bytes = konst.read().map_err(fail)?;
-                let mut kept = self.env.scratch(bytes.len())?;
-                kept.bytes().copy_from_slice(&bytes);
-                Float::Scaled(ConstData::new(konst.elem, konst.dims.clone(), kept.freeze()).map_err(fail)?)
-            }
-        };
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).push((value, float));
-        Ok(())
-    }
 }
 
 impl Env for Recorder<'_> {
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError> {
         self.env.calibrate(m, wanted, sink)
+    }
+
+    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError> {
+        self.env.stream()
     }
 
     fn distance(&self, m: &Module) -> Result<Distance, PassError> {
@@ -294,10 +271,29 @@ impl Env for Recorder<'_> {
         self.env.progress(task, total)
     }
 
-    fn quantized(&self, value: Value, weight: &dyn Fn() -> Tensor) {
-        if let Err(e) = self.keep(value, weight) {
-            self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
-        }
+    fn quantized(
+        &self,
+        value: Value,
+        weight: &dyn Fn() -> Result<Tensor, PassError>,
+    ) -> Result<(), PassError> {
+        let konst = weight()?.to_const();
+        let fail = |e: ConstError| PassError::Env(e.to_string());
+        let hash = konst.hash().map_err(fail)?;
+        let float = match self.unscaled.contains(&hash) {
+            true => Float::Unscaled(hash),
+            false => {
+                let bytes = konst.read().map_err(fail)?;
+                let mut kept = self.env.scratch(bytes.len())?;
+                kept.bytes().copy_from_slice(&bytes);
+                Float::Scaled(ConstData::new(konst.elem, konst.dims.clone(), kept.freeze()).map_err(fail)?)
+            }
+        };
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).push((value, float));
+        Ok(())
+    }
+
+    fn store(&self) -> Option<&dyn Store> {
+        self.env.store()
     }
 }
 

@@ -76,6 +76,7 @@ impl<'a> Measuring<'a> {
             ops: cx.registry.ops().clone(),
             term: cx.term,
             scratch: std::env::temp_dir(),
+            store: None,
             calibration: Some(data),
             baseline: Some(Baseline::new(m.clone(), args.calibration.measure_samples)),
             originals: None,
