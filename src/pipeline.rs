@@ -127,6 +127,11 @@ impl Pipeline {
                 return Err(build.error(0..text.len(), message, "no quantizing pass here", None));
             }
         }
+        for i in 0..steps.len() {
+            if steps[i + 1..].iter().any(|s| s.pass.compensates()) {
+                build.leave_rounding(&mut steps[i])?;
+            }
+        }
         steps.shrink_to_fit();
         Ok(Pipeline { text: text.to_string(), steps })
     }
@@ -229,11 +234,33 @@ impl Builder<'_> {
                 list.extend(given.iter().map(|p| Json::from(p.as_str())));
             }
         }
-        let pass = (def.make)(Json::Object(options.clone())).map_err(|why| {
+        let pass = self.make(def, &options, &span)?;
+        Ok(Step { pass, options, span, option_spans })
+    }
+
+    fn make(
+        &self,
+        def: &PassDef,
+        options: &Map<String, Json>,
+        span: &Range<usize>,
+    ) -> Result<Box<dyn Pass>, PipelineError> {
+        (def.make)(Json::Object(options.clone())).map_err(|why| {
             let message = format!("{}: the options do not fit: {why}", def.name);
             self.error(span.clone(), message, "in the options of this pass", None)
-        })?;
-        Ok(Step { pass, options, span, option_spans })
+        })
+    }
+
+    /// Has a pass scale weights only, when it can and nothing else was asked of it.
+    fn leave_rounding(&self, step: &mut Step) -> Result<(), PipelineError> {
+        let asked = step.option_spans.iter().any(|(name, _)| name == "round");
+        let (false, Some(round), Some(def)) =
+            (asked, step.options.get_mut("round"), self.registry.pass(step.pass.name()))
+        else {
+            return Ok(());
+        };
+        *round = Json::Bool(false);
+        step.pass = self.make(def, &step.options, &step.span)?;
+        Ok(())
     }
 
     fn unknown_pass(&self, name: &Pair<Rule>) -> PipelineError {

@@ -1,7 +1,7 @@
 //! Speed of the quantizer's core beside plain reads and copies of the same bytes, in one run:
 //! `cargo bench -p qcc-passes --bench grid -- [MiB]`.
 
-use passes::grid::{Float, Layout, Matrix, Parts, Rtn, Spec, quantize};
+use passes::grid::{Float, Layout, Matrix, Parts, Ranges, Spec, quantize};
 use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
@@ -53,15 +53,18 @@ fn main() {
     });
     println!("{:24} {:7.2} GB/s", "read", gb / t);
 
-    for (bits, group_size, symmetric, layout) in [
-        (4, 32, false, Layout::Kn),
-        (4, 32, true, Layout::Kn),
-        (4, 128, false, Layout::Kn),
-        (4, K, false, Layout::Kn),
-        (2, 64, false, Layout::Kn),
-        (8, 32, false, Layout::Kn),
-        (4, 32, false, Layout::Nk),
-        (4, 128, false, Layout::Nk),
+    for (ranges, bits, group_size, symmetric, layout) in [
+        (Ranges::Span, 4, 32, false, Layout::Kn),
+        (Ranges::Span, 4, 32, true, Layout::Kn),
+        (Ranges::Span, 4, 128, false, Layout::Kn),
+        (Ranges::Span, 4, K, false, Layout::Kn),
+        (Ranges::Span, 2, 64, false, Layout::Kn),
+        (Ranges::Span, 8, 32, false, Layout::Kn),
+        (Ranges::Span, 4, 32, false, Layout::Nk),
+        (Ranges::Span, 4, 128, false, Layout::Nk),
+        (Ranges::Clip, 4, 32, false, Layout::Kn),
+        (Ranges::Clip, 2, 32, false, Layout::Kn),
+        (Ranges::Hqq, 4, 32, false, Layout::Kn),
     ] {
         let spec = Spec { bits, group_size, symmetric, scales: Float::F32 };
         let (codes, groups) = spec.lens(N, K).expect("it fits");
@@ -72,10 +75,10 @@ fn main() {
             for (weight, (codes, scales, zeros)) in data.chunks_exact(K * N * 4).zip(&mut out) {
                 let w = Matrix { bytes: weight, float: Float::F32, layout, n: N, k: K };
                 let parts = Parts { codes, scales, zero_points: Some(zeros) };
-                black_box(quantize(&w, &spec, &Rtn, parts).expect("finite weights"));
+                black_box(quantize(&w, &spec, &ranges, parts).expect("finite weights"));
             }
         });
         let kind = if symmetric { "symmetric" } else { "asymmetric" };
-        println!("rtn {bits}-bit g{group_size} {kind} {layout:?}: {:7.2} GB/s", gb / t);
+        println!("{} {bits}-bit g{group_size} {kind} {layout:?}: {:7.2} GB/s", ranges.name(), gb / t);
     }
 }

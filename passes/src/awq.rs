@@ -4,16 +4,15 @@
 //! activations get large scales, so that their weights lose less. Whether and where `x / s` costs nothing is asked of
 //! the e-graph first; a scale with no place is not searched for. Of the scales `rms(x)^alpha` the one is taken whose
 //! rounded weights have the least error of the group's *output* over the calibration data, which the Gram matrix of
-//! the activations gives exactly. Then each group of weights is clipped for the same error.
+//! the activations gives exactly. Then each group of weights is clipped for the same error, or refined without data (hqq).
 
 use crate::eqsat::{self, Placement};
+use crate::errors::Judge;
 use crate::gram::{self, Gram, quadratic_of};
-use crate::grid::{self, Clip, Float, Layout, Matrix, Parts, Quantizer};
-use crate::group::{self, Group, Rows, groups, output_error};
+use crate::grid::{self, Clip, Float, Layout, Matrix, Ranges};
+use crate::group::{self, Group, Rows, groups};
 use crate::qtensor::QTensor;
-use crate::quantize::{
-    GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix, scale_type,
-};
+use crate::quantize::{GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix};
 use crate::store::{Finished, Key, Work};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::{Module, Op, OpBuilder, Use, Value};
@@ -28,10 +27,11 @@ pub struct Awq {
     /// The grid.
     #[serde(flatten)]
     pub options: GridOptions,
+    /// Whether weights are rounded, or only scaled, for a pass that rounds them; in a pipeline where one follows that makes
+    /// up for the errors of rounding, they are left to it unless this is given.
+    pub round: bool,
     /// Steps of the scale's exponent between 0 and 1; 0 searches for no scale.
     pub grid: u32,
-    /// Whether each group's range is chosen for the least output error, or spans its weights.
-    pub clip: bool,
     /// Which weights.
     #[serde(flatten)]
     pub filter: Filter,
@@ -39,7 +39,8 @@ pub struct Awq {
 
 impl Default for Awq {
     fn default() -> Awq {
-        Awq { options: GridOptions::default(), grid: 20, clip: true, filter: Filter::default() }
+        let options = GridOptions { clip: true, ..GridOptions::default() };
+        Awq { options, round: true, grid: 20, filter: Filter::default() }
     }
 }
 
@@ -95,13 +96,17 @@ impl Awq {
         let keyed = |g: Group| (work.key(m, &g.weights), g);
         let groups: Vec<(Key, Group)> = groups(m, weights).into_iter().map(keyed).collect();
         let first = cx.report.weights.len();
-        let progress = cx.env.progress(NAME, groups.len() as u64);
+        let (count, mut scaled) = (groups.len(), 0);
+        let progress = cx.env.progress(NAME, count as u64);
         // Backwards: a scale lands in weights before its linear, which must be float still, and leaves the
         // activations before them as they were.
         let backwards = groups.into_iter().rev().collect();
         for run in gram::runs(backwards, |(_, g)| g.k, gram::BUDGET) {
             // Finished groups change the module only once the data of the others is gathered, as if none were finished.
-            let find = |(key, g): &(Key, Group)| work.finished(m, cx, key, &g.weights);
+            let find = |(key, g): &(Key, Group)| match self.round {
+                true => work.finished(m, cx, key, &g.weights),
+                false => Ok(None),
+            };
             let finished: Vec<Option<Finished>> = run.iter().map(find).collect::<Result<_, _>>()?;
             let open = run.iter().zip(&finished).filter(|(_, done)| done.is_none());
             let open: Vec<(Value, usize)> = open.map(|((_, g), _)| (g.x, g.k)).collect();
@@ -113,7 +118,10 @@ impl Awq {
                     None => {
                         let gram = grams.remove(&g.x).expect("every wanted value was collected");
                         let done = self.group(m, cx, &group, &gram)?;
-                        work.keep(key, &done)?;
+                        if self.round {
+                            work.keep(key, &done)?;
+                        }
+                        scaled += u64::from(done.scale.is_some());
                         done.scale
                     }
                 };
@@ -125,7 +133,11 @@ impl Awq {
                 }
             }
         }
-        group::finish(m, cx, NAME, &work, &self.filter, &self.options, first)
+        if self.round {
+            return group::finish(m, cx, NAME, work, &self.filter, &self.options, first);
+        }
+        cx.report.note(format!("awq: {scaled} of {count} inputs of linears are scaled, nothing is rounded"));
+        Ok(())
     }
 }
 
@@ -155,7 +167,7 @@ impl Awq {
         let (scale, notes) = match &placement {
             Err(why) => (None, vec![format!("no scale: {why}")]),
             Ok(p) => {
-                let spec = self.spec(m, cx, &group.weights[0]);
+                let spec = group.weights[0].spec(m, cx, &self.options);
                 match self.search(&weights, gram, p.freedom.as_deref(), &spec) {
                     Some(scale) => (Some(scale), vec![format!("scale in {}", p.sites.join(", "))]),
                     None => {
@@ -164,31 +176,32 @@ impl Awq {
                 }
             }
         };
+        if !self.round {
+            return Ok(Finished { scale, ..Finished::default() });
+        }
         let ones = vec![1.0; group.k];
         let s = scale.as_deref().unwrap_or(&ones);
         let exact = gram.to_f32();
         let mut done = Vec::new();
         for (shared, w) in group.weights.iter().zip(weights) {
+            let spec = shared.spec(m, cx, &self.options);
+            let mut judge = Judge::new(&w.values, w.n, group.k, Some(&exact[..]));
+            judge.step("rtn", &grid::nearest(w.values.clone(), group.k, &spec));
+            if scale.is_some() && self.options.ranges() != Ranges::Span {
+                judge.step("scale", &divided(grid::nearest(scaled(&w, s), group.k, &spec), s));
+            }
             let at = cx.report.weights.len();
             let tensor = self.quantize(m, cx, shared, &w, s, gram, notes.clone())?;
-            let q = dequantize(&tensor)?;
+            let q = divided(dequantize(&tensor)?, s);
             done.push(tensor);
-            let off = |from: usize, out: &mut [f32]| {
-                let at = from * group.k;
-                for (i, e) in out.iter_mut().enumerate() {
-                    *e = q[at + i] / s[i % group.k] - w.values[at + i];
-                }
-            };
-            cx.report.weights[at].output_error = output_error(&w, group.k, &exact, off);
+            match self.options.ranges() {
+                Ranges::Span if scale.is_none() => {}
+                Ranges::Span => judge.step("scale", &q),
+                ranges => judge.step(ranges.name(), &q),
+            }
+            judge.finish(&mut cx.report.weights[at]);
         }
         Ok(Finished { scale, weights: done, said: cx.report.since(&mark) })
-    }
-
-    /// The grid of a weight.
-    fn spec(&self, m: &Module, cx: &PassCx, w: &Shared) -> grid::Spec {
-        let l = w.first();
-        let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
-        self.options.spec(l.k, scale_type(elem, cx.settings))
     }
 
     /// Where a scale on the group's value may go, or why it may not.
@@ -250,15 +263,15 @@ impl Awq {
         let matrix = Matrix { bytes, float: Float::F32, layout: Layout::Nk, n: w.n, k: gram.k };
         let notes = Notes { method: NAME.into(), output_error: None, notes };
         let q =
-            match self.clip {
-                true => {
-                    let spec = self.spec(m, cx, shared);
+            match self.options.ranges() {
+                Ranges::Clip => {
+                    let spec = shared.spec(m, cx, &self.options);
                     let clip = Clip::new(&gram.divided(s).sums, gram.k, &spec).map_err(|e| {
                         PassError::At { pass: NAME, what: shared.label(m), why: e.to_string() }
                     })?;
                     quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &clip, notes)?
                 }
-                false => quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &grid::Rtn, notes)?,
+                ranges => quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &ranges, notes)?,
             };
         Ok(q.0)
     }
@@ -327,7 +340,7 @@ fn rounding_error(weights: &[Rows], gram: &[f32], s: &[f32], spec: &grid::Spec) 
     let k = s.len();
     let error = |w: &Rows| {
         let scaled = scaled(w, s);
-        let Ok(mut e) = rounded(&scaled, w.n, k, spec, &grid::Rtn) else { return f64::INFINITY };
+        let mut e = grid::nearest(scaled.clone(), k, spec);
         for (i, (e, x)) in e.iter_mut().zip(&scaled).enumerate() {
             *e = (*e - x) / s[i % k];
         }
@@ -348,24 +361,12 @@ fn scaled(w: &Rows, s: &[f32]) -> Vec<f32> {
     w.values.chunks_exact(s.len()).flat_map(|row| row.iter().zip(s).map(|(x, s)| x * s)).collect()
 }
 
-/// What the codes of a weight `[n, k]` stand for.
-fn rounded<Q: Quantizer>(
-    values: &[f32],
-    n: usize,
-    k: usize,
-    spec: &grid::Spec,
-    method: &Q,
-) -> Result<Vec<f32>, grid::GridError> {
-    let w = Matrix { bytes: bytemuck::cast_slice(values), float: Float::F32, layout: Layout::Nk, n, k };
-    let (bytes, groups) =
-        spec.lens(n, k).ok_or_else(|| grid::GridError::Spec("the matrix is too large".into()))?;
-    let (mut codes, mut scales) = (vec![0u8; bytes], vec![0f32; groups]);
-    let mut zeros = vec![spec.middle() as u8; groups];
-    let zero_points = if spec.symmetric { None } else { Some(&mut zeros[..]) };
-    grid::quantize(&w, spec, method, Parts { codes: &mut codes, scales: &mut scales, zero_points })?;
-    let mut out = vec![0f32; n * k];
-    grid::pack::dequantize(spec, n, k, &codes, &scales, &zeros, &mut out)?;
-    Ok(out)
+/// The weight with every channel divided by its entry of `s`.
+fn divided(mut q: Vec<f32>, s: &[f32]) -> Vec<f32> {
+    for row in q.chunks_exact_mut(s.len()) {
+        row.iter_mut().zip(s).for_each(|(x, s)| *x /= s);
+    }
+    q
 }
 
 #[cfg(test)]

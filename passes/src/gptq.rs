@@ -5,16 +5,18 @@
 
 mod sequential;
 
+use crate::errors::Judge;
 use crate::gram;
 use crate::grid::compensate::{self, Method};
 use crate::grid::{self, Cost, Float, Layout, Matrix};
-use crate::group::{self, Group, groups, output_error};
-use crate::quantize::{GridOptions, Notes, Shared, dequantize, each, quantize_matrix, scale_type};
+use crate::group::{self, Group, groups};
+use crate::quantize::{GridOptions, Notes, Shared, dequantize, each, quantize, quantize_matrix};
 use crate::store::{Finished, Key, Work};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::Module;
 use sequential::{Pair, Seen};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// The pass and its options.
@@ -35,13 +37,14 @@ pub struct Gptq {
     pub block: usize,
     /// Whether the calibration data is led through what is quantized already.
     pub sequential: Sequential,
-    /// Whether each group's range is chosen for the least error that cannot be made up for, or spans its weights.
-    pub clip: bool,
     /// Turns of the descent after rounding.
     pub sweeps: u32,
     /// Which weights.
     #[serde(flatten)]
     pub filter: Filter,
+    /// Grids of single weights, by name, in the place of `options`.
+    #[serde(skip_deserializing, skip_serializing_if = "BTreeMap::is_empty")]
+    pub each: BTreeMap<String, GridOptions>,
 }
 
 /// How much of the model is quantized before activations are computed anew.
@@ -60,15 +63,15 @@ pub enum Sequential {
 impl Default for Gptq {
     fn default() -> Gptq {
         Gptq {
-            options: GridOptions::default(),
+            options: GridOptions { clip: true, ..GridOptions::default() },
             act_order: true,
             static_groups: true,
             damp: 0.01,
             block: 128,
             sequential: Sequential::Layer,
-            clip: true,
             sweeps: 2,
             filter: Filter::default(),
+            each: BTreeMap::new(),
         }
     }
 }
@@ -94,6 +97,10 @@ impl Pass for Gptq {
 
     fn produces(&self) -> OpSet {
         OpSet::from(["quant.dequantize"])
+    }
+
+    fn compensates(&self) -> bool {
+        true
     }
 
     fn needs_calibration(&self) -> bool {
@@ -206,40 +213,54 @@ impl Gptq {
     ) -> Result<Finished, PassError> {
         let k = group.k;
         let mark = cx.report.mark();
-        let mut done = Vec::new();
+        let first = cx.report.weights.len();
+        let (rows, mut done) = (seen.gram.rows, Vec::new());
         let cost = Cost::new(seen.gram, self.damp, self.act_order);
-        for (shared, pull) in group.weights.iter().zip(seen.pull) {
+        let asked = self.damp as f32;
+        if let Some(cost) = cost.as_ref().filter(|c| c.damp > asked) {
+            let what = m.value_label(group.x);
+            let why = "its Gram matrix has no Cholesky factor with less";
+            cx.report.warn(format!("gptq: {what}: damp raised from {asked} to {}: {why}", cost.damp));
+        }
+        if rows < k as u64 {
+            let what = m.value_label(group.x);
+            cx.report.warn(format!(
+                "gptq: {what}: {rows} rows of calibration data for {k} inputs do not determine them"
+            ));
+        }
+        let pull = cost.as_ref().filter(|_| seen.pull.iter().any(Option::is_some)).and_then(Cost::pull);
+        for (shared, difference) in group.weights.iter().zip(seen.pull) {
             let w = group::rows(m, NAME, shared)?;
-            let elem = m.ty(shared.first().operand).elem().unwrap_or(shared.first().elem);
-            let spec = self.options.spec(k, scale_type(elem, cx.settings));
-            let method = Method {
-                block: self.block,
-                static_groups: self.static_groups,
-                clip: self.clip,
-                sweeps: self.sweeps,
-            };
+            let options = self.each.get(&*shared.label(m)).unwrap_or(&self.options);
             let bytes = bytemuck::cast_slice(&w.values);
             let matrix = Matrix { bytes, float: Float::F32, layout: Layout::Nk, n: w.n, k };
             let Some(cost) = &cost else {
-                let notes =
-                    vec!["rounded to nearest: its activations are zero on the calibration data".into()];
+                let why = match rows {
+                    0 => "no calibration data reached it",
+                    _ => "its activations are zero on the calibration data",
+                };
+                let notes = vec![format!("rounded to nearest: {why}")];
+                cx.report.warn(format!("gptq: {}: {why}; rounded to nearest", shared.label(m)));
                 let notes = Notes { method: "rtn".into(), notes, ..Notes::default() };
-                let q = quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &grid::Rtn, notes)?;
-                done.push(q.0);
+                done.push(quantize(m, cx, NAME, shared, options, notes)?);
                 continue;
             };
-            let target = pull.map(|pull| cost.pulled(&w.values, pull));
+            let method = Method {
+                block: self.block,
+                static_groups: self.static_groups,
+                ranges: options.ranges(),
+                sweeps: self.sweeps,
+            };
+            let target = pull.as_ref().zip(difference).map(|(pull, d)| pull.add(&w.values, d));
+            let spec = shared.spec(m, cx, options);
             let given = compensate::quantize(target.as_deref().unwrap_or(&w.values), cost, &spec, &method);
             let notes = Notes { method: NAME.into(), ..Notes::default() };
-            let at = cx.report.weights.len();
-            let (kept, _) = quantize_matrix(m, cx, NAME, shared, &matrix, &self.options, &given, notes)?;
-            let q = dequantize(&kept)?;
-            let off = |from: usize, out: &mut [f32]| {
-                let from = from * k;
-                out.iter_mut().enumerate().for_each(|(i, e)| *e = q[from + i] - w.values[from + i]);
-            };
-            cx.report.weights[at].output_error = output_error(&w, k, &cost.h, off);
-            done.push(kept);
+            let (q, _) = quantize_matrix(m, cx, NAME, shared, &matrix, options, &given, notes)?;
+            let mut judge = Judge::new(&w.values, w.n, k, Some(&cost.h));
+            judge.step("rtn", &grid::nearest(w.values.clone(), k, &spec));
+            judge.step(NAME, &dequantize(&q)?);
+            judge.finish(&mut cx.report.weights[first + done.len()]);
+            done.push(q);
         }
         Ok(Finished { scale: None, weights: done, said: cx.report.since(&mark) })
     }

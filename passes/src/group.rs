@@ -1,7 +1,5 @@
 //! Weights by the value that their linears read: what passes that look at activations work through.
 
-use crate::gram::quadratic_of;
-use crate::grid;
 use crate::linear::Form;
 use crate::quantize::{GridOptions, Notes, Shared, candidates, quantize};
 use crate::store::Work;
@@ -97,26 +95,12 @@ pub fn finish(
         let why = unwatched(m, &shared).unwrap_or("no activations of it were gathered");
         let notes = vec![format!("rounded to nearest: {why}")];
         let notes = Notes { method: "rtn".into(), output_error: None, notes };
-        work.once(m, cx, &shared, |m, cx| {
-            quantize(m, cx, pass, &shared, options, &grid::Rtn, notes).map(|(q, _)| q)
-        })?;
+        // What clipping would do without data is another thing than what was asked for.
+        let options = GridOptions { clip: false, ..options.clone() };
+        work.once(m, cx, &shared, |m, cx| quantize(m, cx, pass, &shared, &options, notes))?;
     }
     let ops = m.live_ops();
     let place = |node: &str| ops.iter().position(|&op| *m.ops[op].loc == *node);
     cx.report.weights[first..].sort_by_cached_key(|w| place(&w.node));
     Ok(())
-}
-
-/// |X E^T| / |X W^T| for errors of a weight, which `error(first_row, out)` writes for rows `first_row..`; `gram` is
-/// that of the inputs. `None` where there is no output.
-pub fn output_error(
-    w: &Rows,
-    k: usize,
-    gram: &[f32],
-    error: impl Fn(usize, &mut [f32]) + Sync,
-) -> Option<f64> {
-    let plain = |from: usize, out: &mut [f32]| out.copy_from_slice(&w.values[from * k..][..out.len()]);
-    let signal = quadratic_of(w.n, k, gram, plain);
-    let error = quadratic_of(w.n, k, gram, error);
-    (signal > 0.0).then(|| (error.max(0.0) / signal).sqrt())
 }

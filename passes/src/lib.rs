@@ -8,6 +8,7 @@ pub mod computed;
 pub mod const_fold;
 pub mod dce;
 pub mod eqsat;
+pub mod errors;
 pub mod fold_scales;
 pub mod gemm;
 pub mod gptq;
@@ -106,7 +107,9 @@ pub trait Env: Sync {
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError>;
 
     /// The calibration data before the first op, to be led through the model. Fails as [`Env::calibrate`] does.
-    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError>;
+    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError> {
+        Err(PassError::Env("data cannot be led through a model step by step here".into()))
+    }
 
     /// How far the outputs of `m` are from those of the model before the pipeline, over the calibration data, or as much
     /// of it as the user wants to measure on. Fails when there is no such data.
@@ -203,6 +206,8 @@ pub struct Settings {
     pub tied_shared: bool,
     /// Raise no opset; a form that needs a newer one is an error.
     pub keep_opset: bool,
+    /// There is calibration data: passes that need none say with it what they did to outputs.
+    pub measure: bool,
 }
 
 /// What a pass sees beside the module.
@@ -233,6 +238,11 @@ pub trait Pass: Send + Sync {
     fn produces(&self) -> OpSet {
         OpSet::new()
     }
+    /// Whether it makes up for the errors of rounding. Passes before it that scale weights first, and have an option
+    /// `round`, then leave the rounding to it.
+    fn compensates(&self) -> bool {
+        false
+    }
     /// Whether it runs the model on calibration data.
     fn needs_calibration(&self) -> bool {
         false
@@ -260,9 +270,15 @@ impl PassDef {
         PassDef {
             name,
             defaults: || serde_json::to_value(P::default()).expect("options are plain data"),
-            make: |options| match serde_json::from_value::<P>(options) {
-                Ok(pass) => Ok(Box::new(pass)),
-                Err(e) => Err(e.to_string()),
+            make: |given| {
+                // Flattened groups of options would take their own defaults rather than those of the pass.
+                let mut options = serde_json::to_value(P::default()).map_err(|e| e.to_string())?;
+                match (options.as_object_mut(), given) {
+                    (Some(options), serde_json::Value::Object(given)) => options.extend(given),
+                    _ => return Err("options are names with values".into()),
+                }
+                let pass = serde_json::from_value::<P>(options).map_err(|e| e.to_string())?;
+                Ok(Box::new(pass))
             },
         }
     }

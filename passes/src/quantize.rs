@@ -3,7 +3,8 @@
 //! The weight is read once, its codes are written once, and every op that multiplies by it then reads one
 //! `quant.dequantize` in its place. The float weight stays for whoever else uses it.
 
-use crate::grid::{self, Float, GridError, Layout, Matrix, Parts, Quantizer, Spec, Stats};
+use crate::errors::StepErrors;
+use crate::grid::{self, Float, GridError, Layout, Matrix, Parts, Quantizer, Ranges, Spec, Stats};
 use crate::linear::{Form, KERNEL_HINT, Linear, Weighted, find, kept};
 use crate::qtensor::{QTensor, constant, container, read};
 use crate::{Changed, Filter, PassCx, PassError, Settings, WeightReport, computed, dce};
@@ -22,11 +23,16 @@ pub struct GridOptions {
     pub group: i64,
     /// Zero points fixed in the middle of the codes.
     pub symmetric: bool,
+    /// Each group's range is clipped where that loses less, in place of one that spans its weights: less of the output
+    /// where a pass has calibration data, less of the weights without.
+    pub clip: bool,
+    /// In place of clipping, each group's grid is refined by half-quadratic splitting, which needs no data.
+    pub hqq: bool,
 }
 
 impl Default for GridOptions {
     fn default() -> GridOptions {
-        GridOptions { bits: 4, group: 32, symmetric: false }
+        GridOptions { bits: 4, group: 32, symmetric: false, clip: false, hqq: false }
     }
 }
 
@@ -50,6 +56,15 @@ impl GridOptions {
     pub fn spec(&self, k: usize, scales: Float) -> Spec {
         let group_size = usize::try_from(self.group).unwrap_or(k);
         Spec { bits: self.bits, group_size, symmetric: self.symmetric, scales }
+    }
+
+    /// How the ranges of groups are found.
+    pub fn ranges(&self) -> Ranges {
+        match (self.hqq, self.clip) {
+            (true, _) => Ranges::Hqq,
+            (false, true) => Ranges::Clip,
+            (false, false) => Ranges::Span,
+        }
     }
 
     /// Whether kernels are quantized: no runtime computes with fewer bits of them.
@@ -78,6 +93,13 @@ impl Shared {
     /// The first use; the others agree with it on everything but op and activation.
     pub fn first(&self) -> &Linear {
         &self.uses[0]
+    }
+
+    /// The grid of the weight.
+    pub fn spec(&self, m: &Module, cx: &PassCx, options: &GridOptions) -> Spec {
+        let l = self.first();
+        let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
+        options.spec(l.k, scale_type(elem, cx.settings))
     }
 
     /// The weight's name.
@@ -203,26 +225,37 @@ pub struct Notes {
     pub notes: Vec<String>,
 }
 
-/// Quantizes one weight as `method` chooses, puts it in the place of the float weight at every use, and reports it.
-pub fn quantize<Q: Quantizer>(
+/// Quantizes one weight without data, puts it in the place of the float weight at every use, and reports it.
+pub fn quantize(
     m: &mut Module,
     cx: &mut PassCx,
     pass: &'static str,
     shared: &Shared,
     options: &GridOptions,
-    method: &Q,
     notes: Notes,
-) -> Result<(QTensor, Stats), PassError> {
-    let bytes = m.consts[shared.first().konst].read().map_err(|e| PassError::At {
-        pass,
-        what: shared.label(m),
-        why: e.to_string(),
-    })?;
+) -> Result<QTensor, PassError> {
+    let fail = |what: String, why: String| PassError::At { pass, what, why };
+    let bytes = m.consts[shared.first().konst].read();
+    let bytes = bytes.map_err(|e| fail(shared.label(m), e.to_string()))?;
     let w = matrix(shared.first(), &bytes);
-    quantize_matrix(m, cx, pass, shared, &w, options, method, notes)
+    let ranges = options.ranges();
+    let mut steps = Vec::new();
+    let mut step = |ranges: Ranges, stats: Stats| {
+        let weight_error = stats.errors(w.n * w.k).relative;
+        steps.push(StepErrors { step: ranges.name().into(), weight_error, output_error: None });
+    };
+    if ranges != Ranges::Span {
+        let plain = grid::measure(&w, &shared.spec(m, cx, options), &Ranges::Span);
+        step(Ranges::Span, plain.map_err(|e| fail(shared.label(m), e.to_string()))?);
+    }
+    let (q, stats) = quantize_matrix(m, cx, pass, shared, &w, options, &ranges, notes)?;
+    step(ranges, stats);
+    cx.report.weights.last_mut().expect("it was reported just now").steps = steps;
+    Ok(q)
 }
 
-/// The same, with other values than the constant's: a weight that was scaled.
+/// Quantizes one weight as `method` chooses, with these values, which need not be the constant's: it may have been
+/// scaled.
 #[allow(clippy::too_many_arguments)]
 pub fn quantize_matrix<Q: Quantizer>(
     m: &mut Module,
@@ -237,7 +270,7 @@ pub fn quantize_matrix<Q: Quantizer>(
     let label = shared.label(m);
     let l = shared.first();
     let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
-    let spec = options.spec(w.k, scale_type(elem, cx.settings));
+    let spec = shared.spec(m, cx, options);
     let too_large = || PassError::At { pass, what: label.clone(), why: "it is too large".into() };
     let (code_bytes, groups) = spec.lens(w.n, w.k).ok_or_else(too_large)?;
     let (code_dims, scale_dims) = QTensor::shapes(w.n, w.k, spec.bits, spec.group_size);
@@ -294,11 +327,16 @@ pub fn quantize_matrix<Q: Quantizer>(
         bytes_after: q.codes.byte_len()
             + q.scales.byte_len()
             + q.zero_points.as_ref().map_or(0, ConstData::byte_len),
-        frobenius_error: stats.error2.sqrt(),
-        weight_error: stats.relative(),
         output_error: notes.output_error,
         notes: notes.notes,
+        ..WeightReport::default()
     };
+    report.set_errors(&stats.errors(w.n * w.k));
+    match (spec.bits, spec.container()) {
+        (bits, container) if bits == container => {}
+        (bits, 8) => report.notes.push(format!("{bits}-bit codes in an 8-bit container")),
+        (bits, container) => report.notes.push(format!("{bits}-bit codes in a {container}-bit container")),
+    }
     if let [_, rest @ ..] = &shared.uses[..]
         && !rest.is_empty()
     {

@@ -1,5 +1,6 @@
 //! What passes did and what they left: the material of the driver's table and of `--json`.
 
+use crate::errors::{StepErrors, WeightErrors};
 use dialects::ir::{OpName, Symbol};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -29,10 +30,26 @@ pub struct WeightReport {
     pub frobenius_error: f64,
     /// |W - Q(W)| / |W|, Frobenius.
     pub weight_error: f64,
+    /// The largest |w - q|.
+    pub max_error: f64,
+    /// The mean of |w - q|.
+    pub mean_error: f64,
     /// |XW - XQ(W)| / |XW| on the calibration data, Frobenius; `None` without calibration.
     pub output_error: Option<f64>,
+    /// The errors after each step of the method, in order; the last are those above.
+    pub steps: Vec<StepErrors>,
     /// What else is to be known of it: where its scale went, that it was clipped.
     pub notes: Vec<String>,
+}
+
+impl WeightReport {
+    /// Puts the errors of the weight itself into it.
+    pub fn set_errors(&mut self, e: &WeightErrors) {
+        self.frobenius_error = e.frobenius;
+        self.weight_error = e.relative;
+        self.max_error = e.max;
+        self.mean_error = e.mean;
+    }
 }
 
 /// A weight-bearing op that stays as it was.

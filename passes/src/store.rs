@@ -178,22 +178,26 @@ impl<'a> Work<'a> {
         store.put(key, &bytes)
     }
 
-    /// Puts one quantized weight in its place: by `quantize`, which also does that, or as an earlier run left it.
+    /// Puts one quantized weight in its place and returns it: by `quantize`, which also does that, or as an earlier run left it.
     pub fn once(
         &self,
         m: &mut Module,
         cx: &mut PassCx,
         shared: &Shared,
         quantize: impl FnOnce(&mut Module, &mut PassCx) -> Result<QTensor, PassError>,
-    ) -> Result<(), PassError> {
+    ) -> Result<QTensor, PassError> {
         let weights = std::slice::from_ref(shared);
         let key = self.key(m, weights);
         if let Some(done) = self.finished(m, cx, &key, weights)? {
-            return done.install(m, cx, self.pass, weights).map(drop);
+            let q = done.weights[0].clone();
+            done.install(m, cx, self.pass, weights)?;
+            return Ok(q);
         }
         let mark = cx.report.mark();
-        let weights = vec![quantize(m, cx)?];
-        self.keep(&key, &Finished { scale: None, weights, said: cx.report.since(&mark) })
+        let q = quantize(m, cx)?;
+        let weights = vec![q.clone()];
+        self.keep(&key, &Finished { scale: None, weights, said: cx.report.since(&mark) })?;
+        Ok(q)
     }
 }
 

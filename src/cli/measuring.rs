@@ -66,7 +66,7 @@ impl<'a> Measuring<'a> {
             let help = "give pack-int4 or pack-qdq";
             return Err(Error::usage(format!("--packer {}: it rounds weights", args.packer), help));
         }
-        let m = driver::read(&args.model, &cx.registry)?;
+        let m = driver::read(&args.model, &cx.registry, &cx.term)?;
         let data = Calibration::open(&args.calibration, &m, cx.registry.ops(), &cx.term);
         let data = data.map_err(|e| Error::Calibration { message: e.message, help: e.help })?;
         let mut report = Report::default();
@@ -76,9 +76,9 @@ impl<'a> Measuring<'a> {
             ops: cx.registry.ops().clone(),
             term: cx.term,
             scratch: std::env::temp_dir(),
-            store: None,
             calibration: Some(data),
             baseline: Some(Baseline::new(m.clone(), args.calibration.measure_samples)),
+            store: None,
             originals: None,
         };
         let settings = Settings::default();

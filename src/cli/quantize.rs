@@ -137,6 +137,9 @@ struct Debug {
     /// Report what every pass counted
     #[arg(long)]
     stats: bool,
+    /// Report the errors of every weight after each step of its method
+    #[arg(long)]
+    layers: bool,
     /// Stop after this pass
     #[arg(long, value_name = "PASS")]
     stop_after: Option<String>,
@@ -175,8 +178,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let env = env(args, cx, &pipeline, &m)?;
     let options = options(args);
     let mut outcome = driver::run(&mut m, &pipeline, &cx.registry, &env, &options)?;
-    // Samples for `--check` alone leave no trace in the output.
-    let calibration = env.calibration.as_ref().filter(|_| needs_data(&pipeline));
+    let calibration = env.calibration.as_ref().filter(|_| needs_data(&pipeline) || measures(args, &pipeline));
     for w in loaded.warnings.iter().chain(calibration.iter().flat_map(|c| &c.warnings)) {
         outcome.report.warn(w.clone());
     }
@@ -186,12 +188,13 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     if let Some(folder) = &env.store {
         outcome.report.note(folder.summary());
     }
-    let quantizes = pipeline.steps.iter().any(|s| s.pass.exactness() == Exactness::Lossy);
-    let float = if quantizes { report::float(&m, &pipeline, &outcome.report) } else { Vec::new() };
+    let float = if quantizes(&pipeline) { report::float(&m, &pipeline, &outcome.report) } else { Vec::new() };
     if args.strict {
         strict(&float)?;
     }
     if !pipeline.steps.is_empty() {
+        // Samples that only errors were measured with leave no trace in the output.
+        let calibration = calibration.filter(|_| needs_data(&pipeline));
         let mut recipe = pipeline.normalized();
         flags(args).iter().for_each(|flag| recipe.push_str(&format!(" {flag}")));
         provenance(&mut m, &recipe, calibration);
@@ -217,7 +220,8 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
         warnings: outcome.report.warnings,
         notes: outcome.report.notes,
     };
-    publish(cx, &summary, Show { timing: args.debug.timing, stats: args.debug.stats }, to_stdout)
+    let Debug { timing, stats, layers, .. } = args.debug;
+    publish(cx, &summary, Show { timing, stats, layers }, to_stdout)
 }
 
 fn pipeline(args: &Args, cx: &Context) -> Result<Pipeline, Error> {
@@ -247,6 +251,15 @@ fn needs_data(pipeline: &Pipeline) -> bool {
     pipeline.steps.iter().any(|s| s.pass.needs_calibration())
 }
 
+fn quantizes(pipeline: &Pipeline) -> bool {
+    pipeline.steps.iter().any(|s| s.pass.exactness() == Exactness::Lossy)
+}
+
+/// Whether passes say with calibration data what they did, whether they need it or not.
+fn measures(args: &Args, pipeline: &Pipeline) -> bool {
+    args.calibration.calib.is_some() && quantizes(pipeline)
+}
+
 fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<DriverEnv, Error> {
     let needed = needs_data(pipeline);
     let mut data = args.calibration.clone();
@@ -260,7 +273,7 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
         files::map(path)?;
     }
     let open = || Calibration::open(&data, m, cx.registry.ops(), &cx.term);
-    let calibration = (needed || args.debug.check).then(open).transpose();
+    let calibration = (needed || measures(args, pipeline) || args.debug.check).then(open).transpose();
     let calibration = calibration.map_err(|e| Error::Calibration { message: e.message, help: e.help })?;
     let store = args.resume.as_deref().map(|dir| {
         let data = calibration.as_ref().filter(|_| needed);
@@ -305,6 +318,7 @@ fn options(args: &Args) -> Options {
             f16_scales: args.scale_type == ScaleType::F16,
             tied_shared: args.tied == Tied::Shared,
             keep_opset: args.keep_opset,
+            measure: args.calibration.calib.is_some(),
         },
     }
 }

@@ -78,6 +78,8 @@ pub struct Show {
     pub timing: bool,
     /// What passes counted.
     pub stats: bool,
+    /// The errors of every weight after each step, in place of its bytes.
+    pub layers: bool,
 }
 
 impl Totals {

@@ -10,9 +10,16 @@ const NAME_WIDTH: usize = 44;
 /// The same, in a table that has to say why.
 const SHORT_NAME_WIDTH: usize = 32;
 
+/// The same, in a table of many columns.
+const LEAST_NAME_WIDTH: usize = 22;
+
 pub(super) fn render(s: &Summary, show: Show, p: &Painter) -> String {
     let mut out = String::new();
-    weights(&mut out, p, s);
+    match show.layers {
+        true => layers(&mut out, p, s),
+        false => weights(&mut out, p, s),
+    }
+    notes(&mut out, p, s);
     float(&mut out, p, &s.float);
     checks(&mut out, p, s);
     if show.timing {
@@ -50,6 +57,37 @@ fn weights(out: &mut String, p: &Painter, s: &Summary) {
         ]);
     }
     p.table(out, t);
+}
+
+/// A row for each step of each weight; what only the last of them has is said of the weight as it is in the end.
+fn layers(out: &mut String, p: &Painter, s: &Summary) {
+    let header = ["weight", "method", "step", ">weight error", ">output error", ">|W - Q|", ">max", ">mean"];
+    let mut t = Table::new(&header);
+    for w in &s.weights {
+        let last = w.steps.len().saturating_sub(1);
+        for (i, step) in w.steps.iter().enumerate() {
+            let [name, method] = match i {
+                0 => [shorten(&w.weight, LEAST_NAME_WIDTH), method(w)],
+                _ => Default::default(),
+            };
+            let end = |e: f64| if i == last { format!("{e:.2e}") } else { String::new() };
+            t.row([
+                name,
+                method,
+                step.step.clone(),
+                percent(step.weight_error),
+                step.output_error.map_or("-".into(), percent),
+                end(w.frobenius_error),
+                end(w.max_error),
+                end(w.mean_error),
+            ]);
+        }
+    }
+    p.table(out, t);
+}
+
+/// What else is to be known of weights.
+fn notes(out: &mut String, p: &Painter, s: &Summary) {
     let mut said: Vec<&str> = Vec::new();
     for w in &s.weights {
         for note in &w.notes {

@@ -237,6 +237,23 @@ fn load_row(row: &[u8], float: Float, i: usize, rows: usize, out: &mut [[f32; LA
     }
 }
 
+/// What became of a block, summed in double.
+fn exact(spec: &Spec, x: &Block, out: &BlockOut) -> Stats {
+    let (per_word, mask) = (32 / spec.container(), (1u32 << spec.container()) - 1);
+    let mut stats = Stats::default();
+    for (k, row) in x.iter().enumerate() {
+        let (word, shift) = (k as u32 / per_word, k as u32 % per_word * spec.container());
+        for l in 0..LANES {
+            let code = out.words[word as usize][l] >> shift & mask;
+            let back = (code as f32 - out.zero[l]) * out.scale[l];
+            let weight = f64::from(row[l]);
+            let e = (f64::from(back) - weight).abs();
+            stats.add(&Stats { error2: e * e, error1: e, weight2: weight * weight, max_error: e });
+        }
+    }
+    stats
+}
+
 /// Quantizes outputs `columns` over all of K into their runs of each part, group by group.
 pub(super) fn tile<Q: Quantizer>(
     w: &Matrix,
@@ -264,7 +281,11 @@ pub(super) fn tile<Q: Quantizer>(
             let at = At { n: columns.start + b * LANES, lanes, group };
             words.fill([0; LANES]);
             let mut out = BlockOut { scale: [0.0; LANES], zero: [0.0; LANES], words: &mut words };
-            total.add(&method.block(spec, at, block, &mut out, &mut space));
+            let mut stats = method.block(spec, at, block, &mut out, &mut space);
+            if stats.lost(block.len() * LANES) {
+                stats = exact(spec, block, &out);
+            }
+            total.add(&stats);
             for lane in 0..lanes {
                 let index = (b * LANES + lane) * kb + group;
                 scales[index] = out.scale[lane];

@@ -18,7 +18,7 @@ use multiversion::multiversion;
 const SHRINKS: [f32; 13] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4];
 
 /// Those worth a try: the fewer codes there are, the more a narrow grid gains.
-fn shrinks(bits: u32) -> &'static [f32] {
+pub(super) fn shrinks(bits: u32) -> &'static [f32] {
     match bits {
         0..=2 => &SHRINKS,
         3 => &SHRINKS[..9],
@@ -117,8 +117,8 @@ impl Space {
 /// One grid per lane.
 #[derive(Clone, Copy)]
 pub(super) struct Grid {
-    pub(super) scale: Lanes,
-    pub(super) zero: Lanes,
+    pub scale: Lanes,
+    pub zero: Lanes,
 }
 
 impl Quantizer for Clip {
@@ -185,7 +185,7 @@ pub(super) fn search(spec: &Spec, x: &Block, gram: &[f32], error: &mut [Lanes]) 
 }
 
 /// The grid of a range with its ends shrunk. A lane of one repeated value keeps it, since it is exact.
-fn shrunk(spec: &Spec, range: &Range, low: f32, high: f32) -> (Lanes, Lanes) {
+pub(super) fn shrunk(spec: &Spec, range: &Range, low: f32, high: f32) -> (Lanes, Lanes) {
     let mut r = *range;
     for l in 0..LANES {
         if r.min[l] != r.max[l] {

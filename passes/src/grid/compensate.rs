@@ -16,7 +16,7 @@
 
 use super::clip::{self, Grid, Lanes, Space};
 use super::rtn::{code, reciprocal};
-use super::{Block, Cost, Given, LANES, Range, Spec};
+use super::{Cost, Given, LANES, Ranges, Spec};
 use dialects::kernels::gemm::{self, Mat};
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -31,8 +31,9 @@ pub struct Method {
     pub block: usize,
     /// Grids are chosen before any rounding; otherwise when a group's turn comes, for the weights as they are then.
     pub static_groups: bool,
-    /// Ranges are shrunk where that costs less.
-    pub clip: bool,
+    /// How grids are chosen. (Ranges chosen under the cost of errors, whether all of them or those that nothing makes up for,
+    /// gained nothing over ranges chosen for the weights alone: what follows undoes more of their error.)
+    pub ranges: Ranges,
     /// Turns of the descent.
     pub sweeps: u32,
 }
@@ -42,7 +43,7 @@ pub fn quantize(w: &[f32], cost: &Cost, spec: &Spec, method: &Method) -> Given {
     let k = cost.k;
     let n = w.len() / k.max(1);
     let kb = spec.groups(k);
-    let blocks = Blocks::new(cost, spec, method);
+    let blocks = blocks(cost, spec);
     let mut out = Given {
         k,
         codes: vec![0; n * k],
@@ -65,52 +66,22 @@ pub fn quantize(w: &[f32], cost: &Cost, spec: &Spec, method: &Method) -> Given {
     out
 }
 
-/// What the groups need of the cost.
-struct Blocks {
-    /// The block of `H` of each group.
-    own: Vec<Vec<f32>>,
-    /// What an error costs that can be made up for later, for the search of the range.
-    metric: Vec<Vec<f32>>,
-}
-
-impl Blocks {
-    fn new(cost: &Cost, spec: &Spec, _method: &Method) -> Blocks {
-        let k = cost.k;
-        let range = |g: usize| g * spec.group_size..k.min((g + 1) * spec.group_size);
-        let own = |g: usize| -> Vec<f32> {
-            range(g).flat_map(|i| range(g).map(move |j| (i, j))).map(|(i, j)| cost.h[i * k + j]).collect()
-        };
-        let own: Vec<Vec<f32>> = (0..spec.groups(k)).map(own).collect();
-        let mut conditional = vec![0f32; k];
-        for (s, &i) in cost.order.iter().enumerate() {
-            conditional[i as usize] = cost.factor[s * k + s].powi(2);
-        }
-        let var = std::env::var("QCC_METRIC").unwrap_or_default();
-        let metric = (0..spec.groups(k))
-            .map(|g| {
-                let size = range(g).len();
-                let diagonal = |d: &dyn Fn(usize) -> f32| {
-                    let mut out = vec![0f32; size * size];
-                    range(g).enumerate().for_each(|(i, at)| out[i * (size + 1)] = d(at));
-                    out
-                };
-                match var.as_str() {
-                    "diag" => diagonal(&|i| cost.h[i * k + i]),
-                    "one" => diagonal(&|_| 1.0),
-                    "block" => own[g].clone(),
-                    "cond" => diagonal(&|i| conditional[i]),
-                    _ => diagonal(&|_| 1.0),
-                }
-            })
-            .collect();
-        Blocks { own, metric }
-    }
+/// The block of `H` of each group, damped.
+fn blocks(cost: &Cost, spec: &Spec) -> Vec<Vec<f32>> {
+    let k = cost.k;
+    let block = |g: usize| -> Vec<f32> {
+        let range = g * spec.group_size..k.min((g + 1) * spec.group_size);
+        let damp = |i: usize, j: usize| if i == j { cost.damp } else { 0.0 };
+        let row = |i: usize| range.clone().map(move |j| cost.h[i * k + j] + damp(i, j));
+        range.clone().flat_map(row).collect()
+    };
+    (0..spec.groups(k)).map(block).collect()
 }
 
 /// Some outputs, one column each: all buffers are `[.., width]`.
 struct Tile<'a> {
     cost: &'a Cost,
-    blocks: &'a Blocks,
+    blocks: &'a [Vec<f32>],
     spec: &'a Spec,
     method: &'a Method,
     width: usize,
@@ -128,7 +99,7 @@ impl<'a> Tile<'a> {
     fn new(
         rows: &[f32],
         cost: &'a Cost,
-        blocks: &'a Blocks,
+        blocks: &'a [Vec<f32>],
         spec: &'a Spec,
         method: &'a Method,
         width: usize,
@@ -148,21 +119,12 @@ impl<'a> Tile<'a> {
     /// The grids of group `g` for these weights, `[group, width]`.
     fn place(&mut self, g: usize, weights: &[f32]) {
         let mut x = vec![[0f32; LANES]; weights.len() / self.width];
-        let mut error = x.clone();
         for lane in (0..self.width).step_by(LANES) {
             load(weights, self.width, lane, &mut x);
-            let grid = self.grid(g, &x, &mut error);
+            let grid = self.method.ranges.grid(self.spec, &x);
             self.scales[g * self.width + lane..][..LANES].copy_from_slice(&grid.scale);
             self.zeros[g * self.width + lane..][..LANES].copy_from_slice(&grid.zero);
         }
-    }
-
-    fn grid(&self, g: usize, x: &Block, error: &mut [Lanes]) -> Grid {
-        if self.method.clip {
-            return clip::search(self.spec, x, &self.blocks.metric[g], error).0;
-        }
-        let (scale, zero) = Range::of(x).grid(self.spec);
-        Grid { scale, zero }
     }
 
     /// GPTQ.
@@ -244,6 +206,8 @@ impl<'a> Tile<'a> {
             let (from, to) = (g * size, k.min((g + 1) * size));
             let he = &mut he[..(to - from) * width];
             gemm::tile(Mat::new(&self.cost.h, k, k).rows(from, to), Mat::new(&errors, k, width), he);
+            let own = &errors[from * width..to * width];
+            he.iter_mut().zip(own).for_each(|(he, e)| *he += self.cost.damp * e);
             space.resize(to - from);
             x.resize(to - from, [0f32; LANES]);
             for lane in (0..width).step_by(LANES) {
@@ -253,8 +217,8 @@ impl<'a> Tile<'a> {
                 let lanes = |v: &[f32]| -> Lanes { std::array::from_fn(|l| v[g * width + lane + l]) };
                 let mut grid = Grid { scale: lanes(&self.scales), zero: lanes(&self.zeros) };
                 let before = space.codes.clone();
-                clip::descend(&self.blocks.own[g], &grid, top, &mut space);
-                clip::refit(self.spec, &self.blocks.own[g], &mut grid, &mut space);
+                clip::descend(&self.blocks[g], &grid, top, &mut space);
+                clip::refit(self.spec, &self.blocks[g], &mut grid, &mut space);
                 moved |= before != space.codes;
                 clip::errors(&x, &space.codes, &grid, &mut space.error);
                 self.scales[g * width + lane..][..LANES].copy_from_slice(&grid.scale);

@@ -12,6 +12,10 @@ use rayon::prelude::*;
 /// The most that is added to the diagonal, in means of it; a matrix of activations is factored long before.
 const MOST_DAMP: f64 = 100.0;
 
+/// What is added to the diagonal, in means of it, where weights make up for differences of outputs: more than for
+/// rounding, since a direction of which the data says little would move them far.
+const RIDGE: f64 = 0.1;
+
 /// Outputs that one task solves for.
 const SOLVE_ROWS: usize = 64;
 
@@ -19,7 +23,7 @@ const SOLVE_ROWS: usize = 64;
 /// was not enough.
 const LEAST_PIVOT: f32 = 0.5;
 
-/// The cost of errors of one output: `e^T H e` with `H = G / mean(diag G) + damp I` for the Gram matrix `G` of the
+/// The cost of errors of one output: `e^T (H + damp I) e` with `H = G / mean(diag G)` for the Gram matrix `G` of the
 /// inputs.
 #[derive(Debug)]
 pub struct Cost {
@@ -29,10 +33,10 @@ pub struct Cost {
     pub h: Vec<f32>,
     /// The inputs in the order in which they are *not* rounded: the last is the first.
     pub order: Vec<u32>,
-    /// `L` with `H = L L^T` in that order, `[K, K]`, lower; what is above the diagonal has no meaning.
+    /// `L` with `H + damp I = L L^T` in that order, `[K, K]`, lower; what is above the diagonal has no meaning.
     pub factor: Vec<f32>,
     /// What was added to the diagonal, in means of it.
-    pub damp: f64,
+    pub damp: f32,
     /// `1 / mean(diag G)`.
     unit: f32,
 }
@@ -58,8 +62,7 @@ impl Cost {
         let mut added = damp;
         while added <= MOST_DAMP {
             if let Some(factor) = single(&h, &order, added).or_else(|| double(&h, &order, added)) {
-                (0..k).for_each(|i| h[i * k + i] += added as f32);
-                return Some(Cost { k, h, order, factor, damp: added, unit: unit as f32 });
+                return Some(Cost { k, h, order, factor, damp: added as f32, unit: unit as f32 });
             }
             added = (added * 10.0).max(1e-4);
         }
@@ -67,23 +70,39 @@ impl Cost {
     }
 }
 
+/// What weights make up for.
+pub struct Pull<'a> {
+    cost: &'a Cost,
+    /// As [`Cost::factor`], with the diagonal raised by [`RIDGE`].
+    factor: Vec<f32>,
+}
+
 impl Cost {
-    /// `W + P H^-1` for weights `W` and `P = D^T X`, both `[N, K]`: the weights that make up for the differences `D` of the
-    /// outputs that they should have and those that they have, as far as `H` lets them.
-    pub fn pulled(&self, w: &[f32], mut pull: Vec<f32>) -> Vec<f32> {
-        let k = self.k;
+    /// Prepares for [`Pull::add`].
+    pub fn pull(&self) -> Option<Pull<'_>> {
+        let ridge = RIDGE.max(self.damp.into());
+        let factor = single(&self.h, &self.order, ridge).or_else(|| double(&self.h, &self.order, ridge));
+        factor.map(|factor| Pull { cost: self, factor })
+    }
+}
+
+impl Pull<'_> {
+    /// `W + P (H + ridge I)^-1` for weights `W` and `P = D^T X` with the same rows of data, both `[N, K]`: the weights that
+    /// make up for differences `D` between the outputs that are wanted and those that `W` gives.
+    pub fn add(&self, w: &[f32], mut pull: Vec<f32>) -> Vec<f32> {
+        let Cost { k, ref order, unit, .. } = *self.cost;
         let factor = MatRef::from_row_major_slice(&self.factor, k, k);
         pull.par_chunks_mut(SOLVE_ROWS * k).zip(w.par_chunks(SOLVE_ROWS * k)).for_each(|(pull, w)| {
             let mut sides: Vec<f32> = Vec::with_capacity(pull.len());
             for row in pull.chunks_exact(k) {
-                sides.extend(self.order.iter().map(|&i| row[i as usize] * self.unit));
+                sides.extend(order.iter().map(|&i| row[i as usize] * unit));
             }
             let mut view = MatMut::from_column_major_slice_mut(&mut sides, k, pull.len() / k);
             solve_lower_triangular_in_place(factor, view.rb_mut(), Par::Seq);
             solve_upper_triangular_in_place(factor.transpose(), view, Par::Seq);
-            for ((out, w), side) in pull.chunks_exact_mut(k).zip(w.chunks_exact(k)).zip(sides.chunks_exact(k))
-            {
-                self.order.iter().zip(side).for_each(|(&i, d)| out[i as usize] = w[i as usize] + d);
+            let rows = pull.chunks_exact_mut(k).zip(w.chunks_exact(k)).zip(sides.chunks_exact(k));
+            for ((out, w), side) in rows {
+                order.iter().zip(side).for_each(|(&i, d)| out[i as usize] = w[i as usize] + d);
             }
         });
         pull

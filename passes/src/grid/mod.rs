@@ -5,7 +5,7 @@
 //! - The matrix is never copied whole: a [`Block`] of 16 outputs by one group is loaded, quantized and written.
 //! - Blocks belong to tiles of fixed size; threads share out tiles, and sums are taken over tiles in order. Results
 //!   do not depend on the number of threads, nor on the vector instructions of the CPU: only additions,
-//!   multiplications and comparisons that round alike everywhere, and no fused multiply-add.
+//!   multiplications, divisions, square roots and comparisons, which round alike everywhere, and no fused multiply-add.
 //! - NaN and infinities are found by the pass over the weight that quantizes it.
 
 mod block;
@@ -13,15 +13,20 @@ mod clip;
 pub mod compensate;
 mod cost;
 mod given;
+mod hqq;
 pub mod pack;
 mod rtn;
+mod shrink;
 
 pub use block::{At, Block, BlockOut, Float, LANES, Layout, Matrix};
 pub use clip::Clip;
 pub use cost::Cost;
 pub use given::Given;
-pub use rtn::{Range, Rtn, encode, fake_quantize};
+pub use hqq::Hqq;
+pub use rtn::{Range, Rtn, encode, fake_quantize, nearest};
+pub use shrink::Shrink;
 
+use crate::errors::WeightErrors;
 use crate::qtensor::container;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -42,6 +47,9 @@ pub enum GridError {
         /// Input of the first.
         k: usize,
     },
+    /// The weights span so much that what a code stands for is no number of single precision.
+    #[error("the weights span nearly all of single precision: their grid would go beyond it")]
+    Overflow,
     /// A buffer that does not fit the matrix.
     #[error("{what}: expected {expected}, found {found}")]
     Length {
@@ -139,24 +147,41 @@ pub struct Parts<'a> {
 pub struct Stats {
     /// Sum of squared differences between weights and their codes' values.
     pub error2: f64,
+    /// Sum of the differences' magnitudes.
+    pub error1: f64,
     /// Sum of squared weights.
     pub weight2: f64,
     /// Largest difference.
-    pub max_error: f32,
+    pub max_error: f64,
 }
 
 impl Stats {
-    /// |W - Q(W)| / |W|; zero for a zero matrix.
-    pub fn relative(&self) -> f64 {
-        if self.weight2 > 0.0 { (self.error2 / self.weight2).sqrt() } else { 0.0 }
+    /// The errors of a matrix of `count` weights.
+    pub fn errors(&self, count: usize) -> WeightErrors {
+        WeightErrors {
+            frobenius: self.error2.sqrt(),
+            relative: if self.weight2 > 0.0 { (self.error2 / self.weight2).sqrt() } else { 0.0 },
+            max: self.max_error,
+            mean: self.error1 / count.max(1) as f64,
+        }
+    }
+
+    /// Whether sums of `count` weights in single precision overflowed, or lost squares that are too small for it.
+    fn lost(&self, count: usize) -> bool {
+        let finite = self.error2.is_finite() && self.weight2.is_finite() && self.max_error.is_finite();
+        !finite || (self.max_error > 0.0 && self.weight2 < LEAST_SQUARE * count as f64)
     }
 
     fn add(&mut self, other: &Stats) {
         self.error2 += other.error2;
+        self.error1 += other.error1;
         self.weight2 += other.weight2;
         self.max_error = self.max_error.max(other.max_error);
     }
 }
+
+/// Mean squares below this have errors whose squares are too small for single precision.
+const LEAST_SQUARE: f64 = 1e-28;
 
 /// Chooses scale, zero point and codes of blocks.
 pub trait Quantizer: Sync {
@@ -170,6 +195,55 @@ pub trait Quantizer: Sync {
     fn block(&self, spec: &Spec, at: At, x: &Block, out: &mut BlockOut, space: &mut Self::Space) -> Stats;
 }
 
+/// How the range of a group is found where there is no data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ranges {
+    /// It spans the weights: [`Rtn`].
+    #[default]
+    Span,
+    /// It is clipped: [`Shrink`].
+    Clip,
+    /// It is refined by half-quadratic splitting: [`Hqq`].
+    Hqq,
+}
+
+impl Ranges {
+    /// What a report calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Ranges::Span => "rtn",
+            Ranges::Clip => "clip",
+            Ranges::Hqq => "hqq",
+        }
+    }
+
+    /// The grid of each lane of a group.
+    fn grid(self, spec: &Spec, x: &Block) -> clip::Grid {
+        match self {
+            Ranges::Span => {
+                let (scale, zero) = Range::of(x).grid(spec);
+                clip::Grid { scale, zero }
+            }
+            Ranges::Clip => Shrink::grid(spec, x),
+            Ranges::Hqq => Hqq::grid(spec, x),
+        }
+    }
+}
+
+impl Quantizer for Ranges {
+    type Space = ();
+
+    fn space(&self, _: &Spec) {}
+
+    fn block(&self, spec: &Spec, at: At, x: &Block, out: &mut BlockOut, space: &mut ()) -> Stats {
+        match self {
+            Ranges::Span => Rtn.block(spec, at, x, out, space),
+            Ranges::Clip => Shrink.block(spec, at, x, out, space),
+            Ranges::Hqq => Hqq.block(spec, at, x, out, space),
+        }
+    }
+}
+
 /// Floats that a tile of blocks takes, about: small enough for a core's cache.
 const TILE_FLOATS: usize = 1 << 14;
 
@@ -181,11 +255,8 @@ const MIN_TILES: usize = 8;
 /// # Errors
 /// A NaN or infinity among the weights; buffers of a wrong length; bits other than 2 to 8.
 pub fn quantize<Q: Quantizer>(w: &Matrix, spec: &Spec, method: &Q, parts: Parts) -> Result<Stats, GridError> {
-    spec.check()?;
-    w.check()?;
+    let (code_bytes, groups) = check(w, spec)?;
     let Parts { codes, scales, zero_points } = parts;
-    let lens = spec.lens(w.n, w.k);
-    let (code_bytes, groups) = lens.ok_or_else(|| GridError::Spec("the matrix is too large".into()))?;
     let fits = |what, expected, found| match expected == found {
         true => Ok(()),
         false => Err(GridError::Length { what, expected, found }),
@@ -201,11 +272,7 @@ pub fn quantize<Q: Quantizer>(w: &Matrix, spec: &Spec, method: &Q, parts: Parts)
         return Ok(Stats::default());
     }
 
-    // A tile is a run of outputs over all of K, so that it owns one run of each part.
-    // Wide tiles read memory in longer runs; but there must be tiles enough to share out.
-    let widest = (w.n / MIN_TILES).next_multiple_of(LANES).clamp(LANES, 32 * LANES);
-    let width = (TILE_FLOATS / spec.group_size).next_multiple_of(LANES).clamp(LANES, widest);
-    let kb = spec.groups(w.k);
+    let (width, kb) = (tile_width(w, spec), spec.groups(w.k));
     let tiles = codes.par_chunks_mut(width * kb * spec.blob()).zip(scales.par_chunks_mut(width * kb));
     let tile = |i: usize, codes: &mut [u8], scales: &mut [f32], zero_points: Option<&mut [u8]>| {
         let columns = i * width..w.n.min((i + 1) * width);
@@ -219,16 +286,55 @@ pub fn quantize<Q: Quantizer>(w: &Matrix, spec: &Spec, method: &Q, parts: Parts)
             .collect(),
         None => tiles.enumerate().map(|(i, (c, s))| tile(i, c, s, None)).collect(),
     };
+    total(w, &sums)
+}
 
+/// What quantizing a matrix would do to it. Nothing but the sums is kept.
+///
+/// # Errors
+/// As [`quantize`].
+pub fn measure<Q: Quantizer>(w: &Matrix, spec: &Spec, method: &Q) -> Result<Stats, GridError> {
+    let (_, groups) = check(w, spec)?;
+    if groups == 0 {
+        return Ok(Stats::default());
+    }
+    let (width, kb) = (tile_width(w, spec), spec.groups(w.k));
+    let tile = |i: usize| {
+        let columns = i * width..w.n.min((i + 1) * width);
+        let groups = columns.len() * kb;
+        let (mut codes, mut scales) = (vec![0; groups * spec.blob()], vec![0.0; groups]);
+        let parts = Parts { codes: &mut codes, scales: &mut scales, zero_points: None };
+        block::tile(w, spec, method, columns, parts)
+    };
+    let sums: Vec<Stats> = (0..w.n.div_ceil(width)).into_par_iter().map(tile).collect();
+    total(w, &sums)
+}
+
+/// Checks matrix and grid, and gives the lengths of the parts.
+fn check(w: &Matrix, spec: &Spec) -> Result<(usize, usize), GridError> {
+    spec.check()?;
+    w.check()?;
+    spec.lens(w.n, w.k).ok_or_else(|| GridError::Spec("the matrix is too large".into()))
+}
+
+/// Outputs in a tile. A tile is a run of outputs over all of K, so that it owns one run of each part.
+/// Wide tiles read memory in longer runs; but there must be tiles enough to share out.
+fn tile_width(w: &Matrix, spec: &Spec) -> usize {
+    let widest = (w.n / MIN_TILES).next_multiple_of(LANES).clamp(LANES, 32 * LANES);
+    (TILE_FLOATS / spec.group_size).next_multiple_of(LANES).clamp(LANES, widest)
+}
+
+/// Adds up what happened in tiles, in their order.
+fn total(w: &Matrix, sums: &[Stats]) -> Result<Stats, GridError> {
     let mut total = Stats::default();
     sums.iter().for_each(|s| total.add(s));
     if total.weight2.is_finite() && total.error2.is_finite() {
         return Ok(total);
     }
-    match w.first_not_finite() {
-        Some((count, n, k)) => Err(GridError::NotFinite { count, total: w.n as u64 * w.k as u64, n, k }),
-        None => Ok(total),
-    }
+    Err(match w.first_not_finite() {
+        Some((count, n, k)) => GridError::NotFinite { count, total: w.n as u64 * w.k as u64, n, k },
+        None => GridError::Overflow,
+    })
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 
 use super::{At, Block, BlockOut, Float, LANES, Quantizer, Spec, Stats};
 use multiversion::multiversion;
+use rayon::prelude::*;
 
 /// Round to nearest.
 #[derive(Clone, Copy, Debug, Default)]
@@ -137,7 +138,7 @@ pub(super) fn code(x: f32, reciprocal: f32, zero: f32, top: f32) -> f32 {
 pub fn encode(spec: &Spec, x: &Block, out: &mut BlockOut) -> Stats {
     let recip = out.scale.map(reciprocal);
     let top = spec.max_code() as f32;
-    nearest(x, &out.scale, &out.zero, &recip, top, spec.container(), out.words).total()
+    codes(x, &out.scale, &out.zero, &recip, top, spec.container(), out.words).total()
 }
 
 /// Packs codes, given as whole numbers, on the grid in `out`.
@@ -158,6 +159,7 @@ pub(super) fn pack(spec: &Spec, x: &Block, codes: &[[f32; LANES]], out: &mut Blo
 #[derive(Clone, Copy, Default)]
 struct Sums {
     error2: [f32; LANES],
+    error1: [f32; LANES],
     weight2: [f32; LANES],
     max_error: [f32; LANES],
 }
@@ -168,6 +170,7 @@ impl Sums {
     fn add(&mut self, l: usize, weight: f32, back: f32) {
         let e = back - weight;
         self.error2[l] += e * e;
+        self.error1[l] += e.abs();
         self.weight2[l] += weight * weight;
         self.max_error[l] = if e.abs() > self.max_error[l] { e.abs() } else { self.max_error[l] };
     }
@@ -176,15 +179,16 @@ impl Sums {
         let mut stats = Stats::default();
         for lane in 0..LANES {
             stats.error2 += f64::from(self.error2[lane]);
+            stats.error1 += f64::from(self.error1[lane]);
             stats.weight2 += f64::from(self.weight2[lane]);
-            stats.max_error = stats.max_error.max(self.max_error[lane]);
+            stats.max_error = stats.max_error.max(f64::from(self.max_error[lane]));
         }
         stats
     }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn nearest(
+fn codes(
     x: &Block,
     scale: &[f32; LANES],
     zero: &[f32; LANES],
@@ -208,6 +212,12 @@ fn nearest(
         *word = packed;
     }
     sums
+}
+
+/// Weights `[n, k]` row-major, rounded to the nearest points of their grids. On threads.
+pub fn nearest(mut weights: Vec<f32>, k: usize, spec: &Spec) -> Vec<f32> {
+    weights.par_chunks_mut(LANES * k.max(1)).for_each(|rows| fake_quantize(rows, k, spec));
+    weights
 }
 
 /// Rounds rows of f32 weights, `[rows, k]` row-major, to the nearest points of their grids, in place. On this thread.
