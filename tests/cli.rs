@@ -526,7 +526,6 @@ fn what_cannot_be_measured() {
         (2, "unknown pass \"rtm\"", &["sensitivity", MODEL, "--pass", "rtm"]),
         (2, "pack-int4 quantizes nothing", &["sensitivity", MODEL, "--pass", "rtn,pack-int4"]),
         (2, "it rounds weights", &["sweep", MODEL, "--packer", "rtn"]),
-        (2, "no method has an option clip", &["sweep", MODEL, "--method", "rtn", "--clip", "true"]),
         (
             2,
             "expected a multiple of 16",

@@ -5,10 +5,10 @@
 
 mod sequential;
 
+use crate::errors::Judge;
 use crate::gram;
 use crate::grid::compensate::{self, Method};
 use crate::grid::{self, Cost, Float, Layout, Matrix};
-use crate::errors::Judge;
 use crate::group::{self, Group, groups};
 use crate::quantize::{GridOptions, Notes, Shared, dequantize, each, quantize, quantize_matrix};
 use crate::store::{Finished, Key, Work};
@@ -253,8 +253,7 @@ impl Gptq {
             };
             let target = pull.as_ref().zip(difference).map(|(pull, d)| pull.add(&w.values, d));
             let spec = shared.spec(m, cx, options);
-            let given =
-                compensate::quantize(target.as_deref().unwrap_or(&w.values), cost, &spec, &method);
+            let given = compensate::quantize(target.as_deref().unwrap_or(&w.values), cost, &spec, &method);
             let notes = Notes { method: NAME.into(), ..Notes::default() };
             let (q, _) = quantize_matrix(m, cx, NAME, shared, &matrix, options, &given, notes)?;
             let mut judge = Judge::new(&w.values, w.n, k, Some(&cost.h));

@@ -9,7 +9,8 @@ use crate::linear::{Weighted, find};
 use crate::qtensor::QTensor;
 use crate::quantize::{float, matrix};
 use crate::{
-    CalibSink, Distance, Env, Pass, PassCx, PassError, Progress, Report, Scratch, Stream, WeightReport, dce,
+    CalibSink, Distance, Env, Pass, PassCx, PassError, Progress, Report, Scratch, Store, Stream,
+    WeightReport, dce,
 };
 use bytes::Bytes;
 use dialects::ir::infer::infer;
@@ -52,11 +53,8 @@ impl Variant {
         let given: Vec<Value> = consts.into_iter().filter(|&v| out.const_of(v).is_some()).collect();
         out.regions[top].args.retain(|v| !given.contains(v));
         let unscaled = hashes(m)?;
-        let recorder = Recorder {
-            env: cx.env,
-            unscaled: unscaled.values().copied().collect(),
-            found: Mutex::default(),
-        };
+        let recorder =
+            Recorder { env: cx.env, unscaled: unscaled.values().copied().collect(), found: Mutex::default() };
         let mut report = Report::default();
         for pass in passes {
             let mut cx = PassCx { ops: cx.ops, env: &recorder, settings: cx.settings, report: &mut report };
@@ -64,8 +62,11 @@ impl Variant {
             infer(&mut out, cx.ops);
         }
         let found = recorder.found.into_inner().unwrap_or_else(PoisonError::into_inner);
-        cx.report.warnings.extend(std::mem::take(&mut report.warnings));
-        cx.report.left.extend(std::mem::take(&mut report.left));
+        report.warnings.drain(..).for_each(|w| cx.report.warn(w));
+        for l in report.left.drain(..) {
+            cx.report.left.retain(|o| (&o.node, &o.op) != (&l.node, &l.op));
+            cx.report.left.push(l);
+        }
         Variant::switches(out, m, &unscaled, found, report.weights)
     }
 
@@ -249,29 +250,6 @@ struct Recorder<'a> {
     found: Mutex<Vec<(Value, Float)>>,
 }
 
-impl Recorder<'_> {
-    fn keep(
-        &self,
-        value: Value,
-        weight: &dyn Fn() -> Result<Tensor, PassError>,
-    ) -> Result<(), PassError> {
-        let konst = weight()?.to_const();
-        let fail = |e: ConstError| PassError::Env(e.to_string());
-        let hash = konst.hash().map_err(fail)?;
-        let float = match self.unscaled.contains(&hash) {
-            true => Float::Unscaled(hash),
-            false => {
-                let bytes = konst.read().map_err(fail)?;
-                let mut kept = self.env.scratch(bytes.len())?;
-                kept.bytes().copy_from_slice(&bytes);
-                Float::Scaled(ConstData::new(konst.elem, konst.dims.clone(), kept.freeze()).map_err(fail)?)
-            }
-        };
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).push((value, float));
-        Ok(())
-    }
-}
-
 impl Env for Recorder<'_> {
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError> {
         self.env.calibrate(m, wanted, sink)
@@ -298,7 +276,24 @@ impl Env for Recorder<'_> {
         value: Value,
         weight: &dyn Fn() -> Result<Tensor, PassError>,
     ) -> Result<(), PassError> {
-        self.keep(value, weight)
+        let konst = weight()?.to_const();
+        let fail = |e: ConstError| PassError::Env(e.to_string());
+        let hash = konst.hash().map_err(fail)?;
+        let float = match self.unscaled.contains(&hash) {
+            true => Float::Unscaled(hash),
+            false => {
+                let bytes = konst.read().map_err(fail)?;
+                let mut kept = self.env.scratch(bytes.len())?;
+                kept.bytes().copy_from_slice(&bytes);
+                Float::Scaled(ConstData::new(konst.elem, konst.dims.clone(), kept.freeze()).map_err(fail)?)
+            }
+        };
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).push((value, float));
+        Ok(())
+    }
+
+    fn store(&self) -> Option<&dyn Store> {
+        self.env.store()
     }
 }
 

@@ -1,6 +1,6 @@
 //! What tests of passes share: an outside world without data.
 
-use crate::{CalibSink, Distance, Env, PassError, Progress, Scratch};
+use crate::{CalibSink, Distance, Env, PassError, Progress, Scratch, Stream};
 use bytes::Bytes;
 use dialects::ir::{Module, TensorSource, Value};
 use std::sync::Arc;
@@ -10,6 +10,10 @@ pub struct NoData;
 
 impl Env for NoData {
     fn calibrate(&self, _: &Module, _: &[Value], _: &mut CalibSink) -> Result<(), PassError> {
+        Err(PassError::Env("no data".into()))
+    }
+
+    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError> {
         Err(PassError::Env("no data".into()))
     }
 

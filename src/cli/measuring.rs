@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 #[derive(clap::Args)]
-pub(super) struct Args {
+pub(super) struct Setup {
     /// The model: .onnx, or .qir with its weights beside it
     model: PathBuf,
     /// Quantize only ops whose node, weight or op type matches (`*` stands for anything)
@@ -32,9 +32,24 @@ pub(super) struct Args {
     calibration: calibrate::Options,
 }
 
+impl Setup {
+    /// A pipeline of passes that quantize, and nothing else.
+    pub fn pipeline(&self, text: &str, cx: &Context) -> Result<Pipeline, Error> {
+        let pipeline = Pipeline::parse(text, &cx.registry, &self.only, &self.skip)?;
+        match pipeline.steps.iter().find(|s| s.pass.exactness() == Exactness::Exact) {
+            None => Ok(pipeline),
+            Some(step) => {
+                let message =
+                    format!("{} quantizes nothing: only what rounds weights is measured", step.pass.name());
+                Err(Error::usage(message, "give passes such as rtn or awq{group=64}; --packer says the form"))
+            }
+        }
+    }
+}
+
 /// A model to measure variants of.
 pub(super) struct Measuring<'a> {
-    args: &'a Args,
+    args: &'a Setup,
     cx: &'a Context,
     pub m: Module,
     env: DriverEnv,
@@ -45,7 +60,7 @@ pub(super) struct Measuring<'a> {
 }
 
 impl<'a> Measuring<'a> {
-    pub fn open(args: &'a Args, cx: &'a Context) -> Result<Measuring<'a>, Error> {
+    pub fn open(args: &'a Setup, cx: &'a Context) -> Result<Measuring<'a>, Error> {
         let packer = Pipeline::parse(&args.packer, &cx.registry, &[], &[])?;
         if packer.steps.iter().any(|s| s.pass.exactness() == Exactness::Lossy) {
             let help = "give pack-int4 or pack-qdq";
@@ -68,19 +83,6 @@ impl<'a> Measuring<'a> {
         };
         let settings = Settings::default();
         Ok(Measuring { args, cx, m, env, settings, packer: Arc::new(packer), report })
-    }
-
-    /// A pipeline of passes that quantize, and nothing else.
-    pub fn pipeline(&self, text: &str) -> Result<Pipeline, Error> {
-        let pipeline = Pipeline::parse(text, &self.cx.registry, &self.args.only, &self.args.skip)?;
-        match pipeline.steps.iter().find(|s| s.pass.exactness() == Exactness::Exact) {
-            None => Ok(pipeline),
-            Some(step) => {
-                let message =
-                    format!("{} quantizes nothing: only what rounds weights is measured", step.pass.name());
-                Err(Error::usage(message, "give passes such as rtn or awq{group=64}; --packer says the form"))
-            }
-        }
     }
 
     /// A pipeline made from one that has its patterns already.

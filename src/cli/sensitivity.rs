@@ -28,11 +28,11 @@ const NAME_WIDTH: usize = 32;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    #[command(flatten)]
-    measuring: measuring::Args,
     /// The quantizing passes with their options, such as awq{group=64}
     #[arg(long, short, value_name = "PASSES", default_value = "rtn")]
     pass: String,
+    #[command(flatten)]
+    measuring: measuring::Setup,
 }
 
 /// A form that a weight may have in the file.
@@ -93,8 +93,8 @@ struct Found {
 }
 
 pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
+    let pipeline = args.measuring.pipeline(&args.pass, cx)?;
     let mut with = Measuring::open(&args.measuring, cx)?;
-    let pipeline = with.pipeline(&args.pass)?;
     let (mut v, all_bytes) = with.variant(&pipeline)?;
     let count = v.weights().len();
     let task = cx.term.task("measuring", 2 * count as u64);

@@ -12,8 +12,6 @@ use serde_json::{Value as Json, json};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    #[command(flatten)]
-    measuring: measuring::Args,
     /// Passes to try, with options; one after the other where a + stands: rtn,awq{grid=10},awq+rtn
     #[arg(long, value_name = "PASSES", default_value = "rtn")]
     method: String,
@@ -29,6 +27,8 @@ pub(super) struct Args {
     /// Values for the option `clip` of passes that have it: true, false, or what else it takes [default: its own]
     #[arg(long, value_name = "VALUE,VALUE", value_delimiter = ',')]
     clip: Vec<String>,
+    #[command(flatten)]
+    measuring: measuring::Setup,
 }
 
 /// One way to quantize the model.
@@ -64,8 +64,8 @@ struct Found {
 }
 
 pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
+    let ways = ways(args, cx)?;
     let mut with = Measuring::open(&args.measuring, cx)?;
-    let ways = ways(args, &with)?;
     let task = cx.term.task("sweeping", ways.len() as u64);
     let mut points = Vec::with_capacity(ways.len());
     for (method, pipeline) in ways {
@@ -91,7 +91,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
 }
 
 /// Every method with every value of the options that it has, each pipeline once.
-fn ways(args: &Args, with: &Measuring) -> Result<Vec<(String, Pipeline)>, Error> {
+fn ways(args: &Args, cx: &Context) -> Result<Vec<(String, Pipeline)>, Error> {
     let clip = args.clip.iter().map(|v| serde_json::from_str(v).unwrap_or_else(|_| json!(v)));
     let lists: [(&str, Vec<Json>); 4] = [
         ("bits", args.bits.iter().map(|v| json!(v)).collect()),
@@ -102,7 +102,7 @@ fn ways(args: &Args, with: &Measuring) -> Result<Vec<(String, Pipeline)>, Error>
     let mut out: Vec<(String, Pipeline)> = Vec::new();
     let mut unclipped = !args.clip.is_empty();
     for method in methods(&args.method) {
-        let pipeline = with.pipeline(&method.replace('+', ","))?;
+        let pipeline = args.measuring.pipeline(&method.replace('+', ","), cx)?;
         let mut combinations: Vec<Vec<(&str, Json)>> = vec![Vec::new()];
         for (name, values) in
             lists.iter().filter(|(name, v)| !v.is_empty() && pipeline.option(name).is_some())
@@ -114,7 +114,7 @@ fn ways(args: &Args, with: &Measuring) -> Result<Vec<(String, Pipeline)>, Error>
                 .collect();
         }
         for changes in combinations {
-            let changed = with.again(&pipeline.changed(&changes))?;
+            let changed = Pipeline::parse(&pipeline.changed(&changes), &cx.registry, &[], &[])?;
             if out.iter().all(|(_, p)| p.normalized() != changed.normalized()) {
                 out.push((method.clone(), changed));
             }

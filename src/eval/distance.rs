@@ -503,12 +503,13 @@ mod tests {
         let mut m = crate::onnx::import::read(&folder.join("tinylm.onnx")).unwrap().module;
         assert!(infer::infer(&mut m, &Ops::standard()).is_empty());
         let mut other = m.clone();
-        let head = passes::linear::linears(&m).pop().expect("the model has a head");
-        let scaled = Tensor::from_const(&m.consts[head.konst]).unwrap();
+        let own = |l: &passes::linear::Linear| l.operand == l.weight;
+        let weight = passes::linear::linears(&m).into_iter().rfind(own).expect("it has weights of its own");
+        let scaled = Tensor::from_const(&m.consts[weight.konst]).unwrap();
         let scaled: Vec<f32> = scaled.f32s().unwrap().iter().map(|x| x * 1.1).collect();
-        let shape = m.consts[head.konst].shape();
+        let shape = m.consts[weight.konst].shape();
         let scaled = other.add_const(m.top, "", Tensor::new(&shape, scaled).unwrap().to_const());
-        other.ops[head.op].operands[head.operand_index] = Some(scaled);
+        other.ops[weight.op].operands[weight.operand_index] = Some(scaled);
 
         let take = Take { rows: 3, len: 24, random: false, seed: 0 };
         let rows = tokens::read(&path, take).unwrap();
