@@ -261,6 +261,9 @@ mod tests {
         fn calibrate(&self, _: &Module, _: &[Value], _: &mut crate::CalibSink) -> Result<(), PassError> {
             Err(PassError::Env("no data".into()))
         }
+        fn distance(&self, _: &Module) -> Result<crate::Distance, PassError> {
+            Err(PassError::Env("no data".into()))
+        }
         fn scratch(&self, _: usize) -> Result<Box<dyn crate::Scratch>, PassError> {
             Err(PassError::Env("no scratch".into()))
         }
