@@ -13,7 +13,7 @@ use crate::grid::{self, Clip, Float, Layout, Matrix, Ranges};
 use crate::group::{self, Group, Rows, groups};
 use crate::qtensor::QTensor;
 use crate::quantize::{GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix};
-use crate::store::{Finished, Key, Work};
+use crate::store::{Finished, Key, Work, original};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::{Module, Op, OpBuilder, Use, Value};
 use dialects::tensor::Tensor;
@@ -177,6 +177,9 @@ impl Awq {
             }
         };
         if !self.round {
+            if let Some(s) = &scale {
+                group.weights.iter().try_for_each(|w| multiply(m, w, s))?;
+            }
             return Ok(Finished { scale, ..Finished::default() });
         }
         let ones = vec![1.0; group.k];
@@ -299,6 +302,24 @@ fn divide(m: &mut Module, cx: &mut PassCx, group: &Group, s: &[f32]) -> Result<(
         }
     }
     eqsat::fold(m, cx, mul, NAME)
+}
+
+/// Puts the weight with every channel multiplied by its entry of `s` in its place.
+fn multiply(m: &mut Module, shared: &Shared, s: &[f32]) -> Result<(), PassError> {
+    let fail = |why: String| PassError::At { pass: NAME, what: shared.label(m), why };
+    let l = shared.first();
+    let scaled = original(m, NAME, shared, Some(s))?;
+    let dims = m.ty(l.operand).as_tensor().and_then(|t| t.known_shape());
+    let dims = dims.unwrap_or_else(|| scaled.shape().to_vec());
+    let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
+    let values = scaled.to_f32().map_err(|e| fail(e.to_string()))?.into_owned();
+    let scaled = Tensor::from_f32(elem, &dims, values).map_err(|e| fail(e.to_string()))?;
+    let (region, name) = (m.ops[l.op].region, m.fresh_name(&format!("{}.scaled", shared.label(m))));
+    let weight = m.add_const(region, name, scaled.to_const());
+    for l in &shared.uses {
+        m.ops[l.op].operands[l.operand_index] = Some(weight);
+    }
+    Ok(())
 }
 
 /// Whether the weight is also what a Gather reads.

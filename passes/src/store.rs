@@ -221,7 +221,7 @@ impl Finished {
 }
 
 /// The float weight as its operand is read, `[K, N]` or `[N, K]`, with its channels multiplied by `scale`.
-fn original(
+pub(crate) fn original(
     m: &Module,
     pass: &'static str,
     shared: &Shared,
