@@ -8,11 +8,13 @@ pub mod computed;
 pub mod const_fold;
 pub mod dce;
 pub mod eqsat;
+pub mod f16_weights;
 pub mod fold_scales;
 pub mod gemm;
 pub mod gram;
 pub mod grid;
 pub mod linear;
+pub mod mixed;
 pub mod pack_int4;
 pub mod pack_qdq;
 pub mod qtensor;
@@ -214,6 +216,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
+    || PassDef::of::<f16_weights::F16Weights>(f16_weights::NAME),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
     || PassDef::of::<raise_opset::RaiseOpset>("raise-opset"),
