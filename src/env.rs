@@ -2,6 +2,7 @@
 
 use crate::calibrate::{CalibError, Calibration};
 use crate::data::lm::inputs_of;
+use crate::eval::distance::{Baseline, Comparing, DistanceError};
 use crate::files;
 use crate::term::Term;
 use bytes::Bytes;
@@ -10,7 +11,7 @@ use dialects::ir::interp::Interpreter;
 use dialects::ir::{Module, TensorSource, Value};
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
-use passes::{CalibSink, Env, PassError, Progress, Scratch};
+use passes::{CalibSink, Distance, Env, PassError, Progress, Scratch};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -27,15 +28,22 @@ pub struct DriverEnv {
     pub scratch: PathBuf,
     /// Calibration data, when a pass of the pipeline needs it.
     pub calibration: Option<Calibration>,
+    /// The model before the pipeline, to measure distances from.
+    pub baseline: Option<Baseline>,
     /// Weights as they were before they were quantized, for `--check`; `None` keeps none.
     pub originals: Option<Mutex<Vec<(Value, Tensor)>>>,
 }
 
+impl DriverEnv {
+    fn data(&self) -> Result<&Calibration, PassError> {
+        let data = self.calibration.as_ref();
+        data.ok_or_else(|| PassError::Env("no calibration data was opened for this pass".into()))
+    }
+}
+
 impl Env for DriverEnv {
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError> {
-        let data = self.calibration.as_ref();
-        let data =
-            data.ok_or_else(|| PassError::Env("no calibration data was opened for this pass".into()))?;
+        let data = self.data()?;
         let exec = Interpreter::new(self.ops.clone());
         let prepared = exec.prepare(m, wanted)?;
         let batches = data.batches();
@@ -48,6 +56,20 @@ impl Env for DriverEnv {
             }
         }
         Ok(())
+    }
+
+    fn distance(&self, m: &Module) -> Result<Distance, PassError> {
+        let data = self.data()?;
+        let baseline = self.baseline.as_ref();
+        let baseline =
+            baseline.ok_or_else(|| PassError::Env("the model before this pass was not kept".into()))?;
+        let exec = Interpreter::new(self.ops.clone()).exact(true);
+        let bar = self.term.task("comparing", baseline.batches(data) as u64);
+        let with = Comparing { data, exec: &exec, scratch: &self.scratch, progress: &*bar };
+        baseline.distance(m, &with).map_err(|e| match e {
+            DistanceError::Exec(e) => e.into(),
+            e => PassError::Env(format!("comparing with the model before the pipeline: {e}")),
+        })
     }
 
     fn scratch(&self, len: usize) -> Result<Box<dyn Scratch>, PassError> {

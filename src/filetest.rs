@@ -29,6 +29,7 @@ use crate::check;
 use crate::data::lm::inputs_of;
 use crate::driver::{self, Options};
 use crate::env::DriverEnv;
+use crate::eval::distance::Baseline;
 use crate::pipeline::Pipeline;
 use crate::term::Term;
 use crate::{Registry, files};
@@ -295,6 +296,7 @@ impl<'a> Case<'a> {
             term: Term::new(true),
             scratch: std::env::temp_dir(),
             calibration,
+            baseline: Some(Baseline::new(m.clone(), usize::MAX)),
             originals: None,
         };
         let options = Options { settings: self.settings()?, ..Options::default() };

@@ -100,6 +100,10 @@ pub trait Env: Sync {
     /// Fails when there is no calibration data, and says what to give.
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError>;
 
+    /// How far the outputs of `m` are from those of the model before the pipeline, over the calibration data, or as much
+    /// of it as the user wants to measure on. Fails when there is no such data.
+    fn distance(&self, m: &Module) -> Result<Distance, PassError>;
+
     /// A zeroed buffer of `len` bytes that does not count as anonymous memory when it is large.
     fn scratch(&self, len: usize) -> Result<Box<dyn Scratch>, PassError>;
 
@@ -109,6 +113,23 @@ pub trait Env: Sync {
     /// A quantizing pass put `value` in the place of a float weight that `weight` makes, of as many elements in the
     /// same order. By it the driver tells what a pass rewired from what it rounded.
     fn quantized(&self, _value: Value, _weight: &dyn Fn() -> Tensor) {}
+}
+
+/// How far a model's outputs are from those of another, the baseline.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Distance {
+    /// Mean Kullback-Leibler divergence of the model's distributions from the baseline's, in nats for each position. Of
+    /// several outputs it is the sum. Where an output is no distribution it is taken for the mean of one: a normal
+    /// distribution whose variance is the mean square of the baseline's output, which gives half of `error`.
+    pub kl: f64,
+    /// |y - y'|^2 / |y|^2 of the outputs `y` of the baseline, averaged over outputs; `None` of next tokens.
+    pub error: Option<f64>,
+    /// exp of the mean negative log-likelihood of the next token, of a causal language model on tokens.
+    pub perplexity: Option<f64>,
+    /// The baseline's.
+    pub baseline_perplexity: Option<f64>,
+    /// Distributions that were compared: predicting tokens, rows of classes, single numbers.
+    pub positions: u64,
 }
 
 /// Receives each wanted value of each calibration batch.

@@ -76,12 +76,12 @@ impl Arrays {
             notes.push(format!("{}: no inputs of the model, left aside: {list}", path.display()));
         }
         let mut arrays = Arrays { inputs, lm, order, per_run: 1 };
-        arrays.per_run = arrays.per_run(&wanted).map_err(bad)?;
+        arrays.per_run = arrays.run_size(&wanted).map_err(bad)?;
         Ok((arrays, notes))
     }
 
     /// Samples in a run: as many as the model's batch, where it is fixed.
-    fn per_run(&self, wanted: &[(Symbol, Type)]) -> Result<usize, String> {
+    fn run_size(&self, wanted: &[(Symbol, Type)]) -> Result<usize, String> {
         let stacked = self.inputs.iter().filter(|(_, _, l)| matches!(l, Layout::Stacked));
         let mut fixed = stacked.filter_map(|(name, ..)| {
             let (_, ty) = wanted.iter().find(|(n, _)| n == name)?;
@@ -128,6 +128,10 @@ impl Arrays {
 
     pub(super) fn samples(&self) -> usize {
         self.order.len()
+    }
+
+    pub(super) fn per_run(&self) -> usize {
+        self.per_run
     }
 
     pub(super) fn runs(&self) -> usize {

@@ -31,6 +31,9 @@ const SEQ_LEN: usize = 2048;
 /// Samples that are made when there is no file, and tokens in each.
 const MADE: (usize, usize) = (32, 128);
 
+/// Samples on which models are compared, when the user names no number.
+const MEASURED: usize = 16;
+
 /// Fewer tokens than this are not tried where a model fails on more.
 const SHORTEST: usize = 8;
 
@@ -56,6 +59,9 @@ pub struct Options {
     /// Seed of everything that is random
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+    /// Samples on which the outputs of models are compared, by what measures them
+    #[arg(long, visible_alias = "rows", value_name = "N", value_parser = positive, default_value_t = MEASURED)]
+    pub measure_samples: usize,
 }
 
 /// In which order the rows of a file are taken.
@@ -160,16 +166,41 @@ impl Calibration {
         }
     }
 
+    /// Samples in a run.
+    fn per_run(&self) -> usize {
+        match &self.source {
+            Source::Tokens { per_run, .. } => *per_run,
+            Source::Arrays(arrays) => arrays.per_run(),
+            Source::Noise(_) => 1,
+        }
+    }
+
     /// The batches in order.
     pub fn batches(&self) -> impl ExactSizeIterator<Item = Result<Batch, CalibError>> + '_ {
-        (0..self.runs()).map(|run| match &self.source {
-            Source::Tokens { lm, rows, per_run } => {
-                let ids = rows.chunks(*per_run).nth(run).expect("runs are counted by the rows");
-                Ok(lm.batch_of(ids, rows.len))
+        self.first(usize::MAX)
+    }
+
+    /// The batches of the first `samples` samples. Arrays, and models of a fixed batch, come in whole runs, so that it
+    /// may be some more.
+    pub fn first(&self, samples: usize) -> impl ExactSizeIterator<Item = Result<Batch, CalibError>> + '_ {
+        let per_run = self.per_run();
+        (0..self.runs().min(samples.div_ceil(per_run))).map(move |run| match &self.source {
+            Source::Tokens { lm, rows, .. } => {
+                let ids = rows.chunks(per_run).nth(run).expect("runs are counted by the rows");
+                let wanted = if lm.batch.is_some() { per_run } else { samples - run * per_run };
+                Ok(lm.batch_of(&ids[..ids.len().min(wanted.saturating_mul(rows.len))], rows.len))
             }
             Source::Arrays(arrays) => Ok(arrays.batch(run)),
             Source::Noise(noise) => Ok(noise.batch(run)),
         })
+    }
+
+    /// The tokens of a row, where rows of tokens are fed.
+    pub fn tokens(&self) -> Option<usize> {
+        match &self.source {
+            Source::Tokens { rows, .. } => Some(rows.len),
+            _ => None,
+        }
     }
 
     /// The hash of names, types, shapes and elements of all that is fed.

@@ -5,6 +5,7 @@ use crate::calibrate::{self, Calibration};
 use crate::driver::{self, After, Options};
 use crate::env::DriverEnv;
 use crate::error::Error;
+use crate::eval::distance::Baseline;
 use crate::files;
 use crate::model::{self, Format, SaveOptions};
 use crate::pipeline::{PRESETS, Pipeline, nearest};
@@ -258,6 +259,7 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
         term: cx.term,
         scratch: beside.map_or_else(std::env::temp_dir, Path::to_owned),
         calibration,
+        baseline: needed.then(|| Baseline::new(m.clone(), data.measure_samples)),
         originals: args.debug.check.then(Default::default),
     })
 }

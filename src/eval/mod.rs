@@ -4,6 +4,8 @@
 //! Log-softmax is computed in float64, each position by itself, and sums are taken in the order of the positions, so
 //! the figures do not depend on the number of threads.
 
+pub mod distance;
+
 use crate::data::lm::{Lm, LmError, inputs_of};
 use crate::data::tokens::Rows;
 use dialects::exec::{ExecError, Executor, Prepared};
@@ -93,11 +95,7 @@ impl<'m> Subject<'m> {
                     Ok(())
                 })?;
                 let rows = ids.len() / len;
-                let tensor = got.ok_or(EvalError::Logits { rows, len, found: Vec::new() })?;
-                match tensor.shape() {
-                    [r, l, v] if (*r, *l) == (rows, len) && *v > 0 => Ok(tensor),
-                    other => Err(EvalError::Logits { rows, len, found: other.to_vec() }),
-                }
+                got.ok_or(EvalError::Logits { rows, len, found: Vec::new() })
             })
             .collect()
     }
@@ -164,21 +162,26 @@ pub fn evaluate(
             return Err(EvalError::Interrupted);
         }
     }
+    Ok(summary(rows.count(), &positions, baseline.is_some()))
+}
+
+/// What the positions of `rows` rows come to.
+fn summary(rows: usize, positions: &[Position], against: bool) -> Scores {
     let n = positions.len() as f64;
     let mean = |f: fn(&Position) -> f64| positions.iter().map(f).sum::<f64>() / n;
-    let against = baseline.map(|_| Against {
+    let against = against.then(|| Against {
         baseline_perplexity: mean(|p| p.baseline_nll).exp(),
         baseline_top1: mean(|p| f64::from(p.baseline_hit)),
         kl: mean(|p| p.kl),
         agreement: mean(|p| f64::from(p.agree)),
     });
-    Ok(Scores {
-        rows: rows.count(),
+    Scores {
+        rows,
         positions: positions.len(),
         perplexity: mean(|p| p.nll).exp(),
         top1: mean(|p| f64::from(p.hit)),
         against,
-    })
+    }
 }
 
 /// The logits of one position of rows that may lie in several tensors.
@@ -190,7 +193,18 @@ struct Logits<'a> {
 }
 
 impl<'a> Logits<'a> {
-    fn of(tensors: &'a [Tensor]) -> Result<Logits<'a>, EvalError> {
+    /// Those of `rows` rows of `len` tokens.
+    fn of(tensors: &'a [Tensor], rows: usize, len: usize) -> Result<Logits<'a>, EvalError> {
+        let mut left = rows;
+        for t in tensors {
+            match t.shape() {
+                [r, l, v] if *r <= left && *l == len && *v > 0 => left -= r,
+                other => return Err(EvalError::Logits { rows: left, len, found: other.to_vec() }),
+            }
+        }
+        if left > 0 || rows == 0 {
+            return Err(EvalError::Logits { rows: left, len, found: Vec::new() });
+        }
         let as_f32 = |t: &'a Tensor| t.to_f32().map_err(|e| ExecError::Sink(e.to_string()));
         let parts = tensors.iter().map(as_f32).collect::<Result<Vec<_>, _>>()?;
         let shape = tensors[0].shape();
@@ -208,8 +222,9 @@ fn score(
     mine: &[Tensor],
     theirs: Option<&[Tensor]>,
 ) -> Result<Vec<Position>, EvalError> {
-    let mine = Logits::of(mine)?;
-    let theirs = theirs.map(Logits::of).transpose()?;
+    let of = |tensors| Logits::of(tensors, ids.len() / len, len);
+    let mine = of(mine)?;
+    let theirs = theirs.map(of).transpose()?;
     let vocab = mine.vocab;
     if let Some(baseline) = theirs.as_ref().map(|t| t.vocab).filter(|&b| b != vocab) {
         return Err(EvalError::Vocabularies { model: vocab, baseline });
