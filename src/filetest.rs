@@ -296,6 +296,7 @@ impl<'a> Case<'a> {
             term: Term::new(true),
             scratch: std::env::temp_dir(),
             calibration,
+            output: None,
             baseline: Some(Baseline::new(m.clone(), usize::MAX)),
             originals: None,
         };

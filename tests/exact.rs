@@ -90,6 +90,7 @@ fn exact_passes_keep_the_function() {
         term: Term::new(true),
         scratch: std::env::temp_dir(),
         calibration: None,
+        output: None,
         baseline: None,
         originals: None,
     };

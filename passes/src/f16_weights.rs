@@ -3,7 +3,6 @@
 //!
 //! A weight of which some element is beyond f16 (65504) stays as it is.
 
-use crate::linear::Form;
 use crate::quantize::{Shared, before_all, each, matrix};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError, WeightReport};
 use dialects::ir::{ConstData, Elem, Module, OpBuilder, Type};
@@ -121,8 +120,7 @@ fn store(m: &mut Module, cx: &mut PassCx, shared: &Shared) -> Result<(), PassErr
     for l in &shared.uses {
         m.ops[l.op].operands[l.operand_index] = Some(value);
     }
-    let (form, w) = (l.form, matrix(&l, &bytes));
-    cx.env.quantized(value, &|| w.tensor(l.operand_is_nk || form == Form::Kernel));
+    cx.env.quantized(value, &|| w.tensor(l.operand_is_nk));
     cx.report.weights.push(WeightReport {
         weight: label,
         node: m.ops[l.op].loc.to_string(),

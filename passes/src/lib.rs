@@ -23,6 +23,9 @@ pub mod raise_opset;
 pub mod report;
 pub mod rewrite;
 pub mod rtn;
+pub mod sensitivity;
+#[cfg(test)]
+pub mod testing;
 pub mod tied;
 
 use dialects::exec::ExecError;
@@ -104,6 +107,12 @@ pub trait Env: Sync {
     /// of it as the user wants to measure on. Fails when there is no such data.
     fn distance(&self, m: &Module) -> Result<Distance, PassError>;
 
+    /// Bytes of the output, all files together, if the pipeline ended with `m`. Fails where no model of a form that can be
+    /// measured is written.
+    fn file_bytes(&self, _m: &Module) -> Result<u64, PassError> {
+        Err(PassError::Env("the size of the output is only known where an .onnx file is written".into()))
+    }
+
     /// A zeroed buffer of `len` bytes that does not count as anonymous memory when it is large.
     fn scratch(&self, len: usize) -> Result<Box<dyn Scratch>, PassError>;
 
@@ -177,6 +186,8 @@ pub struct PassCx<'a> {
     pub settings: &'a Settings,
     /// What the pass says it did, and left.
     pub report: &'a mut Report,
+    /// The passes that run after this one, in order.
+    pub rest: &'a [&'a dyn Pass],
 }
 
 /// A pass. The struct that implements it *is* its option set: see [`PassDef`].
@@ -237,6 +248,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
+    || PassDef::of::<mixed::Mixed>(mixed::NAME),
     || PassDef::of::<f16_weights::F16Weights>(f16_weights::NAME),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),

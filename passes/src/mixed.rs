@@ -85,7 +85,7 @@ pub const NAME: &str = "mixed";
 
 impl Default for Mixed {
     fn default() -> Mixed {
-        let choices = ["2/32", "4/128", "4/64", "4/32", "4/16", "8/128", "16"];
+        let choices = ["2/32", "4/128", "4/32", "4/16", "8/128", "16"];
         let choice = |text: &str| Choice::parse(text).expect("the default choices are some");
         Mixed {
             budget: None,
@@ -148,11 +148,8 @@ impl Pass for Mixed {
 impl Mixed {
     /// What is asked for: one of three options.
     fn target(&self) -> Result<Target, PassError> {
-        let given = [
-            self.budget.map(Target::Bits),
-            self.size.map(Target::Size),
-            self.ppl.map(Target::Growth),
-        ];
+        let given =
+            [self.budget.map(Target::Bits), self.size.map(Target::Size), self.ppl.map(Target::Growth)];
         let mut given = given.into_iter().flatten();
         let wrong = |why: &str| PassError::Option { pass: NAME, option: "budget", why: why.into() };
         match (given.next(), given.next()) {
@@ -171,7 +168,13 @@ impl Mixed {
         recipe: &Recipe,
     ) -> Result<(), PassError> {
         if self.target().is_ok() {
-            let option = if self.budget.is_some() { "budget" } else if self.size.is_some() { "size" } else { "ppl" };
+            let option = if self.budget.is_some() {
+                "budget"
+            } else if self.size.is_some() {
+                "size"
+            } else {
+                "ppl"
+            };
             let why = "a recipe leaves nothing to choose".into();
             return Err(PassError::Option { pass: NAME, option, why });
         }
@@ -244,3 +247,6 @@ fn none_fits(m: &Module, w: &Shared) -> String {
         _ => "none of the choices can be had for it".into(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! What passes did and what they left: the material of the driver's table and of `--json`.
 
+use crate::mixed::Mix;
 use dialects::ir::{OpName, Symbol};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -55,6 +56,8 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// Things a user may want to know, in order.
     pub notes: Vec<String>,
+    /// What `mixed` found.
+    pub mix: Option<Mix>,
     /// Counters, for `--stats`.
     pub counts: BTreeMap<String, u64>,
 }

@@ -82,6 +82,7 @@ fn raise(m: &mut Module, found: Vec<Diagnostic>, n: i64, args: &Args, cx: &Conte
         term: cx.term,
         scratch: std::env::temp_dir(),
         calibration: None,
+        output: None,
         baseline: None,
         originals: None,
     };

@@ -6,6 +6,7 @@ mod diff;
 mod eval;
 mod inspect;
 mod list;
+mod mixed;
 mod quantize;
 mod run;
 

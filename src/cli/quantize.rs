@@ -1,9 +1,9 @@
 //! The default command: read a model, run a pipeline, write the result, report.
 
-use super::{Context, print, publish};
+use super::{Context, mixed, print, publish};
 use crate::calibrate::{self, Calibration};
 use crate::driver::{self, After, Options};
-use crate::env::DriverEnv;
+use crate::env::{DriverEnv, Output};
 use crate::error::Error;
 use crate::eval::distance::Baseline;
 use crate::files;
@@ -106,6 +106,8 @@ pub(super) struct Args {
     external_data: bool,
 
     #[command(flatten)]
+    mixed: mixed::Args,
+    #[command(flatten)]
     calibration: calibrate::Options,
     #[command(flatten)]
     debug: Debug,
@@ -158,9 +160,10 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
             "give -o FILE to one of them",
         ));
     }
-    let pipeline = pipeline(args, cx)?;
+    let mut pipeline = pipeline(args, cx)?;
+    args.mixed.prepare(&mut pipeline, &cx.registry)?;
     let loaded = model::load(input)?;
-    if let Some(output) = &args.output {
+    for output in args.output.iter().chain(args.mixed.outputs()) {
         files::refuse_overwrite(output, &loaded.files)?;
     }
     let mut m = loaded.module;
@@ -168,10 +171,19 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     if !found.is_empty() && !args.debug.no_verify {
         return Err(Error::Invalid { path: input.to_owned(), found });
     }
-    let env = env(args, cx, &pipeline, &m)?;
+    let mut env = env(args, cx, &pipeline, &m)?;
     let options = options(args);
-    let mut outcome = driver::run(&mut m, &pipeline, &cx.registry, &env, &options)?;
     // Samples for `--check` alone leave no trace in the output.
+    let fed = env.calibration.as_ref().filter(|_| needs_data(&pipeline));
+    let provenance = match pipeline.steps.is_empty() {
+        true => Vec::new(),
+        false => provenance(&m, &recipe(args, &pipeline), fed),
+    };
+    if format == Format::Onnx {
+        let path = args.output.clone().unwrap_or_else(|| input.to_owned());
+        env.output = Some(Output { path, external_data: args.external_data, meta: provenance.clone() });
+    }
+    let mut outcome = driver::run(&mut m, &pipeline, &cx.registry, &env, &options)?;
     let calibration = env.calibration.as_ref().filter(|_| needs_data(&pipeline));
     for w in loaded.warnings.iter().chain(calibration.iter().flat_map(|c| &c.warnings)) {
         outcome.report.warn(w.clone());
@@ -184,9 +196,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     if args.strict {
         strict(&float)?;
     }
-    if !pipeline.steps.is_empty() {
-        provenance(&mut m, &recipe(args, &pipeline), calibration);
-    }
+    provenance.into_iter().for_each(|(key, value)| m.meta.set(key, value));
     let mut totals = Totals { input_bytes: model::total_size(&loaded.files), ..Totals::default() };
     totals.weights(&outcome.report);
     if to_stdout {
@@ -194,6 +204,9 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     } else if let Some(output) = &args.output {
         let save = SaveOptions { external_data: args.external_data, inputs: loaded.files.clone() };
         totals.output_bytes = Some(model::save(&m, output, format, save, &cx.term)?);
+    }
+    if let Some(mix) = &outcome.report.mix {
+        args.mixed.write(mix)?;
     }
     totals.seconds = started.elapsed().as_secs_f64();
     let summary = Summary {
@@ -259,6 +272,7 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
         term: cx.term,
         scratch: beside.map_or_else(std::env::temp_dir, Path::to_owned),
         calibration,
+        output: None,
         baseline: needed.then(|| Baseline::new(m.clone(), data.measure_samples)),
         originals: args.debug.check.then(Default::default),
     })
@@ -308,20 +322,22 @@ fn recipe(args: &Args, pipeline: &Pipeline) -> String {
         out.push(' ');
         out.push_str(flag);
     }
+    if let Some(name) = args.mixed.recipe.as_ref().and_then(|r| r.file_name()) {
+        out.push_str(&format!(" --recipe {}", name.to_string_lossy()));
+    }
     out
 }
 
-/// Says in the model how it was made. A model that was made by qcc before keeps its earlier recipe in front.
-fn provenance(m: &mut Module, recipe: &str, calibration: Option<&Calibration>) {
+/// What the model says of how it was made, as metadata. A model that was made by qcc before keeps its earlier recipe in
+/// front.
+fn provenance(m: &Module, recipe: &str, calibration: Option<&Calibration>) -> Vec<(String, String)> {
     let key = |k: &str| format!("metadata.qcc.{k}");
     let recipe = match m.meta.get(&key("recipe")) {
         Some(earlier) => format!("{earlier}; {recipe}"),
         None => recipe.to_string(),
     };
-    m.meta.set(key("recipe"), recipe);
-    if let Some(c) = calibration {
-        let hex: String = c.hash.iter().map(|b| format!("{b:02x}")).collect();
-        m.meta.set(key("calibration"), format!("blake3:{hex}"));
-    }
-    m.meta.set(key("version"), env!("CARGO_PKG_VERSION"));
+    let hex = |c: &Calibration| c.hash.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let calibration = calibration.map(|c| (key("calibration"), format!("blake3:{}", hex(c))));
+    let version = (key("version"), env!("CARGO_PKG_VERSION").to_string());
+    [(key("recipe"), recipe)].into_iter().chain(calibration).chain([version]).collect()
 }

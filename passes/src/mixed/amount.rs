@@ -49,7 +49,10 @@ impl TryFrom<Json> for Bits {
     fn try_from(value: Json) -> Result<Bits, String> {
         match split(&value) {
             Some((n, "" | "bit" | "bits")) if n > 0.0 && n.is_finite() => Ok(Bits(n)),
-            _ => Err(format!("budget: expected bits for each weight, such as 5.2bits, found {}", shown(&value))),
+            _ => Err(format!(
+                "budget: expected bits for each weight, such as 5.2bits, found {}",
+                shown(&value)
+            )),
         }
     }
 }
@@ -72,7 +75,10 @@ impl TryFrom<Json> for Growth {
     fn try_from(value: Json) -> Result<Growth, String> {
         match split(&value) {
             Some((n, "%")) if n >= 0.0 && n.is_finite() => Ok(Growth(n / 100.0)),
-            _ => Err(format!("ppl: expected what perplexity may grow by, such as +1%, found {}", shown(&value))),
+            _ => Err(format!(
+                "ppl: expected what perplexity may grow by, such as +1%, found {}",
+                shown(&value)
+            )),
         }
     }
 }

@@ -29,7 +29,7 @@ pub(super) fn apply(
         let why = match choice {
             Ok(Choice::Float) => "the choice for it is float",
             Ok(_) => continue,
-            Err(why) => why,
+            Err(why) => why.as_str(),
         };
         w.uses.iter().for_each(|l| cx.left(m, l.op, why));
     }
@@ -75,8 +75,9 @@ fn names(m: &Module, cx: &PassCx, weights: &[Shared], wanted: &[usize]) -> Resul
     let mut report = Report::default();
     let mut all = PassCx { report: &mut report, rest: &[], ..*cx };
     let others: Vec<Shared> = candidates(m, &mut all, &Filter::default(), true);
-    let op = |i: usize| weights[i].first().op;
-    let others = others.iter().filter(|o| !wanted.iter().any(|&w| op(w) == o.first().op));
+    // An LSTM has two weights.
+    let place = |w: &Shared| (w.first().op, w.first().operand_index);
+    let others = others.iter().filter(|o| !wanted.iter().any(|&w| place(&weights[w]) == place(o)));
     let others: Vec<&Shared> = others.collect();
     let reached = |f: &Filter, w: &Shared| {
         let refused = |d: &dialects::ir::OpData| f.refuses(&[&d.node, &d.loc, &w.label(m)], &d.name);

@@ -1,9 +1,9 @@
 //! What a layer may become, as text: `4/32` is 4 bits in groups of 32.
 
 use crate::quantize::GridOptions;
-use crate::{PASSES, Pass, f16_weights};
+use crate::{Filter, PASSES, Pass, f16_weights};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value as Json, json};
+use serde_json::{Map, Value as Json, json};
 use std::fmt;
 
 /// What may become of a layer's weight. As text, `BITS/GROUP`, with `row` for a whole row and then in any order a method
@@ -34,14 +34,15 @@ pub struct Method(&'static Known);
 struct Known {
     name: &'static str,
     pass: &'static str,
-    options: &'static [(&'static str, u32)],
+    /// A JSON object.
+    options: &'static str,
 }
 
 /// Passes that touch nothing but the weights they are to quantize: a scale in another layer's weight would make the
 /// choice for one layer the other's business.
 const METHODS: &[Known] = &[
-    Known { name: "rtn", pass: "rtn", options: &[] },
-    Known { name: "clip", pass: "awq", options: &[("grid", 0)] },
+    Known { name: "rtn", pass: "rtn", options: "{}" },
+    Known { name: "clip", pass: "awq", options: r#"{"grid": 0}"# },
 ];
 
 impl Default for Method {
@@ -62,7 +63,9 @@ impl TryFrom<String> for Method {
     fn try_from(name: String) -> Result<Method, String> {
         let known: Vec<&str> = METHODS.iter().map(|k| k.name).collect();
         let found = METHODS.iter().find(|k| k.name == name);
-        found.map(Method).ok_or_else(|| format!("method: expected one of {}, found {name:?}", known.join(", ")))
+        found
+            .map(Method)
+            .ok_or_else(|| format!("method: expected one of {}, found {name:?}", known.join(", ")))
     }
 }
 
@@ -89,25 +92,28 @@ impl Choice {
         }
     }
 
-    /// The pass that makes it of the weights with these names; `None` when nothing is to be done.
-    pub fn pass(&self, only: &[String]) -> Result<Option<Box<dyn Pass>>, String> {
+    /// The pass that makes it of the weights that `filter` lets through; `None` when nothing is to be done.
+    pub fn pass(&self, filter: &Filter) -> Result<Option<Box<dyn Pass>>, String> {
         let (name, mut options) = match self {
             Choice::Float => return Ok(None),
             Choice::Half => (f16_weights::NAME, json!({})),
             Choice::Codes { grid, method } => {
                 let known = method.unwrap_or_default().0;
+                let own: Map<String, Json> =
+                    serde_json::from_str(known.options).map_err(|e| e.to_string())?;
                 let mut options = serde_json::to_value(grid).map_err(|e| e.to_string())?;
-                known.options.iter().for_each(|(k, v)| options[*k] = json!(v));
+                own.into_iter().for_each(|(key, value)| options[key] = value);
                 (known.pass, options)
             }
         };
-        options["only"] = json!(only);
+        options["only"] = json!(filter.only);
+        options["skip"] = json!(filter.skip);
         let def = PASSES.iter().map(|def| def()).find(|def| def.name == name);
         let def = def.ok_or_else(|| format!("there is no pass {name:?}"))?;
         (def.make)(options).map(Some)
     }
 
-    fn parse(text: &str) -> Result<Choice, String> {
+    pub(super) fn parse(text: &str) -> Result<Choice, String> {
         let expected = "expected BITS/GROUP such as 4/32, with a method and `sym` after it, or 16, or float";
         let wrong = |why: String| format!("the choice {text:?}: {why}");
         match text {
@@ -207,10 +213,10 @@ mod tests {
         let grid = GridOptions { bits: 3, group: 64, symmetric: true, ..GridOptions::default() };
         for known in METHODS {
             let choice = Choice::Codes { grid: grid.clone(), method: Some(Method(known)) };
-            let pass = choice.pass(&["w".into()]).unwrap().unwrap();
+            let pass = choice.pass(&Filter::default()).unwrap().unwrap();
             assert_eq!(pass.name(), known.pass);
         }
-        assert_eq!(Choice::Half.pass(&[]).unwrap().unwrap().name(), f16_weights::NAME);
-        assert!(Choice::Float.pass(&[]).unwrap().is_none());
+        assert_eq!(Choice::Half.pass(&Filter::default()).unwrap().unwrap().name(), f16_weights::NAME);
+        assert!(Choice::Float.pass(&Filter::default()).unwrap().is_none());
     }
 }

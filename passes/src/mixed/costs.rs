@@ -147,9 +147,7 @@ impl Question<'_> {
             Err(PassError::Nothing { .. }) => return Ok(None),
             other => other?,
         };
-        let is = |w: &Shared, r: &WeightReport| {
-            w.label(m) == r.weight && *m.ops[w.first().op].loc == *r.node
-        };
+        let is = |w: &Shared, r: &WeightReport| w.label(m) == r.weight && *m.ops[w.first().op].loc == *r.node;
         let find = |r: &WeightReport| self.weights.iter().position(|w| is(w, r));
         let weights: Option<Vec<usize>> = variant.weights().iter().map(find).collect();
         let Some(weights) = weights else {
@@ -178,12 +176,7 @@ fn watched(m: &Module, w: &Shared) -> bool {
 }
 
 /// |X E^T|^2 / |X W^T|^2 of a weight that `quantized` holds in codes; `None` where it holds no codes, or X is zero.
-fn output_error2(
-    m: &Module,
-    w: &Shared,
-    quantized: &Module,
-    gram: &Gram,
-) -> Result<Option<f64>, PassError> {
+fn output_error2(m: &Module, w: &Shared, quantized: &Module, gram: &Gram) -> Result<Option<f64>, PassError> {
     let l = w.first();
     let fail = |why: String| PassError::At { pass: super::NAME, what: w.label(m), why };
     let Some((q, _)) = quantized.ops[l.op].operand(l.operand_index).and_then(|v| QTensor::of(quantized, v))

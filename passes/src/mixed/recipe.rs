@@ -118,7 +118,11 @@ mod tests {
             kl,
         };
         let recipe = Recipe {
-            layers: vec![line("a \"b\"", "4/32/rtn", Some(1.25e-5)), line("c", "16", None), line("d", "float", None)],
+            layers: vec![
+                line("a \"b\"", "4/32/rtn", Some(1.25e-5)),
+                line("c", "16", None),
+                line("d", "float", None),
+            ],
         };
         let text = recipe.text();
         assert_eq!(

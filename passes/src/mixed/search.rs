@@ -110,7 +110,8 @@ impl<'a> Layers<'a> {
         let of_file = matches!(target, Target::Size(_));
         let offer = |(id, cost): (usize, &Option<Cost>)| {
             let cost = cost.as_ref()?;
-            let bytes = if of_file { cost.file.unwrap_or(0) } else { i64::try_from(cost.bytes).unwrap_or(i64::MAX) };
+            let bytes =
+                if of_file { cost.file.unwrap_or(0) } else { i64::try_from(cost.bytes).unwrap_or(i64::MAX) };
             Some(Offer { id, bytes, cost: cost.kl })
         };
         let items: Vec<Vec<Offer>> =
@@ -143,7 +144,14 @@ impl<'a> Layers<'a> {
         let cost = |(layer, &pick): (&LayerCosts, &usize)| layer.costs[pick].unwrap_or_default().bytes;
         let bytes = self.costs.iter().zip(&s.picks).map(cost).sum();
         let picks = s.picks.clone();
-        Taken { bytes, bits: self.bits(bytes), file_bytes: None, predicted: s.sum.cost, measured: None, picks }
+        Taken {
+            bytes,
+            bits: self.bits(bytes),
+            file_bytes: None,
+            predicted: s.sum.cost,
+            measured: None,
+            picks,
+        }
     }
 
     fn bits(&self, bytes: u64) -> f64 {
@@ -226,7 +234,8 @@ impl Work<'_> {
     /// The first point of the frontier whose perplexity, as measured, has grown by no more than is allowed. The search
     /// halves the frontier, so it takes perplexity to fall along it.
     fn within_growth(&mut self, cx: &mut PassCx, growth: Growth) -> Result<Found, PassError> {
-        let points = &self.frontier.points;
+        let frontier = self.frontier;
+        let points = &frontier.points;
         let (mut low, mut high) = (0, points.len() - 1);
         let at_most = self.growth_at(cx, high)?;
         if at_most > growth.0 {
@@ -253,7 +262,7 @@ impl Work<'_> {
                 false => low = middle,
             }
         }
-        let taken = self.frontier.solution(high);
+        let taken = frontier.solution(high);
         let other = solver::greedy(self.items, taken.sum.bytes);
         Ok((format!("ppl={growth}"), taken, other))
     }
@@ -302,14 +311,20 @@ impl Mix {
         let measured = t.measured.map(|d| format!(", measured {:.6}", d.kl)).unwrap_or_default();
         let mut out = vec![
             format!("mixed for {}: {}", self.asked, counts.join(", ")),
-            format!("mixed: {:.3} bits for each weight; KL divergence predicted {:.6}{measured} nats", t.bits, t.predicted),
+            format!(
+                "mixed: {:.3} bits for each weight; KL divergence predicted {:.6}{measured} nats",
+                t.bits, t.predicted
+            ),
         ];
         if let Some(file) = t.file_bytes {
             out.push(format!("mixed: a file of {}", Size(file)));
         }
         if let Some(other) = &self.other {
             let name = if self.solver == "dp" { "greedy" } else { "dp" };
-            out.push(format!("mixed: solver={name} would be predicted {:.6} at {:.3} bits", other.predicted, other.bits));
+            out.push(format!(
+                "mixed: solver={name} would be predicted {:.6} at {:.3} bits",
+                other.predicted, other.bits
+            ));
         }
         if !self.exact && self.solver == "dp" {
             out.push("mixed: there were more sums than fit in memory; a better recipe may exist".into());

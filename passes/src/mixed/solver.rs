@@ -228,8 +228,7 @@ impl Relaxation {
         for (i, choices) in items.iter().enumerate().rev() {
             let hull = hull(&undominated(choices));
             smallest.push(smallest[smallest.len() - 1].plus(&hull[0]));
-            let step =
-                |w: &[Offer]| (i, Sum { bytes: w[1].bytes - w[0].bytes, cost: w[1].cost - w[0].cost });
+            let step = |w: &[Offer]| (i, Sum { bytes: w[1].bytes - w[0].bytes, cost: w[1].cost - w[0].cost });
             steps.extend(hull.windows(2).map(step));
         }
         smallest.reverse();
