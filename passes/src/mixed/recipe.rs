@@ -142,7 +142,7 @@ mod tests {
             (line("\"choice\": \"4/32/gtpq\""), "found \"gtpq\""),
             (line("\"choise\": \"4/32\""), "unknown field `choise`"),
             ("{\"layers\": ".into(), "EOF"),
-            ("[]".into(), "missing field"),
+            ("{}".into(), "missing field `layers`"),
         ] {
             let error = Recipe::parse(&text).unwrap_err();
             assert!(error.contains(why), "{error}");
