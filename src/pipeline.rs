@@ -86,11 +86,18 @@ impl Step {
 
     /// The step with every option that has a value: `rtn{bits=4, group=32, symmetric=false}`.
     pub fn normalized(&self) -> String {
+        self.changed(&[])
+    }
+
+    /// The same with other values for those of `changes` that the pass has as options.
+    fn changed(&self, changes: &[(&str, Json)]) -> String {
         let mut out = self.pass.name().to_string();
+        let change = |key: &str| changes.iter().find(|(k, _)| *k == key).map(|(_, v)| v);
         let empty = |v: &Json| v.is_null() || v.as_array().is_some_and(Vec::is_empty);
         let shown: Vec<String> = self
             .options
             .iter()
+            .map(|(k, v)| (k, change(k).unwrap_or(v)))
             .filter(|(_, v)| !empty(v))
             .map(|(k, v)| format!("{k}={}", literal(v)))
             .collect();
@@ -151,6 +158,16 @@ impl Pipeline {
     /// The whole pipeline with every option written out.
     pub fn normalized(&self) -> String {
         self.steps.iter().map(Step::normalized).collect::<Vec<_>>().join(",")
+    }
+
+    /// The text of the same pipeline with other values for options, in every pass that has them.
+    pub fn changed(&self, changes: &[(&str, Json)]) -> String {
+        self.steps.iter().map(|s| s.changed(changes)).collect::<Vec<_>>().join(",")
+    }
+
+    /// The value of an option in the first pass that has it.
+    pub fn option(&self, name: &str) -> Option<&Json> {
+        self.steps.iter().find_map(|s| s.options.get(name))
     }
 
     /// An error of a running pass as an error about the option it names, with the span of that option.

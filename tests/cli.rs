@@ -307,6 +307,150 @@ fn a_check_tells_wiring_from_rounding_and_leaves_no_trace() {
     assert!(fs::read(plain).unwrap() == fs::read(checked).unwrap());
 }
 
+/// Few rows, and the weights of two blocks, so that it takes seconds.
+const FEW: [&str; 8] =
+    ["--calib", "calib_ids.npy", "--rows", "2", "--seq-len", "32", "--only", "*head*,val_24*,val_77*"];
+
+fn json(args: &[&str]) -> serde_json::Value {
+    let args = [args, &FEW, &["--json"]].concat();
+    serde_json::from_str(&ok(&args)).unwrap()
+}
+
+fn number(v: &serde_json::Value) -> f64 {
+    v.as_f64().unwrap_or_else(|| panic!("expected a number, found {v}"))
+}
+
+#[test]
+fn sensitivity_of_every_weight() {
+    let found = json(&["sensitivity", MODEL, "--pass", "rtn{bits=3, group=64}"]);
+    let weights = found["weights"].as_array().unwrap();
+    assert!(weights.len() > 5);
+    let kl = |v: &serde_json::Value| number(&v["kl"]);
+    let alone: Vec<f64> = weights.iter().map(|w| kl(&w["alone"])).collect();
+    assert!(alone.is_sorted_by(|a, b| a >= b) && alone.iter().all(|&x| x > 0.0), "{alone:?}");
+    let all = kl(&found["all"]["distance"]);
+    assert!(alone.iter().all(|&x| x < all), "{all} {alone:?}");
+    // What matters most alone is also what is missed most.
+    assert!(kl(&weights[0]["all_but"]) < all);
+    assert_eq!(found["all"]["distance"]["positions"], 2 * 31);
+    for w in weights {
+        let (k, n) = (number(&w["k"]), number(&w["n"]));
+        // 3-bit codes in 4 bits, a scale of 4 bytes and half a byte of a zero point for each 64.
+        assert_eq!(
+            number(&w["bytes_quantized"]),
+            k * n / 2.0 + (k / 64.0) * n * 4.0 + n * (k / 128.0).ceil()
+        );
+        // The head's float weight stays for the embedding.
+        let head = w["weight"] == "m.lm_head.weight";
+        let left = if head { 0.0 } else { 4.0 * k * n };
+        assert_eq!(number(&w["bytes_saved"]), left - number(&w["bytes_quantized"]), "{w}");
+        let forms: Vec<&str> =
+            w["forms"].as_array().unwrap().iter().map(|f| f["form"].as_str().unwrap()).collect();
+        assert!(forms.contains(&"default") && forms.contains(&"float"), "{forms:?}");
+        assert!(w["forms"].as_array().unwrap().contains(&w["recommended"]));
+    }
+    let recommended = &found["recommended"];
+    assert!(
+        kl(&recommended["distance"]) <= all
+            && number(&recommended["bytes"]) >= number(&found["all"]["bytes"])
+    );
+
+    // One weight alone is what the pass makes of it, as `qcc eval` sees it.
+    let dir = Folder::new();
+    let out = dir.path("q.onnx");
+    let first = weights[0]["weight"].as_str().unwrap();
+    ok(&[MODEL, "--pass", "rtn{bits=3, group=64},pack-int4", "--only", first, "-o", &out]);
+    let rows = dir.path("rows.npy");
+    cut_rows(&rows, 2, 32);
+    let scores = ok(&["eval", &out, "--tokens", &rows, "--baseline", MODEL, "--exact", "--json"]);
+    let scores: serde_json::Value = serde_json::from_str(&scores).unwrap();
+    assert!((number(&scores["kl"]) / alone[0] - 1.0).abs() < 1e-3, "{scores} {}", alone[0]);
+}
+
+/// The first tokens of the first rows of the calibration data.
+fn cut_rows(path: &str, rows: usize, len: usize) {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/models/calib_ids.npy");
+    let bytes = fs::read(from).unwrap();
+    let npy = npyz::NpyFile::new(&bytes[..]).unwrap();
+    let width = npy.shape()[1] as usize;
+    let ids: Vec<i64> = npy.into_vec().unwrap();
+    use npyz::WriterBuilder;
+    let options = npyz::WriteOptions::new().default_dtype().shape(&[rows as u64, len as u64]);
+    let mut w = options.writer(fs::File::create(path).unwrap()).begin_nd().unwrap();
+    ids.chunks(width).take(rows).for_each(|row| w.extend(row[..len].iter().copied()).unwrap());
+    w.finish().unwrap();
+}
+
+#[test]
+fn a_sweep() {
+    let found = json(&["sweep", MODEL, "--bits", "3,4,8", "--group", "32,-1", "--symmetric", "false,true"]);
+    let points = found["points"].as_array().unwrap();
+    assert_eq!(points.len(), 12);
+    let of = |bits: u64, group: i64, symmetric: bool| {
+        let same =
+            |p: &&serde_json::Value| p["bits"] == bits && p["group"] == group && p["symmetric"] == symmetric;
+        points.iter().find(same).unwrap()
+    };
+    let (bytes, kl) =
+        (|p: &serde_json::Value| number(&p["bytes"]), |p: &serde_json::Value| number(&p["distance"]["kl"]));
+    assert!(points.is_sorted_by_key(bytes));
+    // 3-bit codes take 4 bits; a row-wide group is written as blocks; fewer bits are worse in every way.
+    assert_eq!(bytes(of(3, 32, false)), bytes(of(4, 32, false)));
+    assert_eq!(number(&of(4, 32, false)["bits_per_weight"]), 5.125);
+    assert_eq!(number(&of(4, 32, true)["bits_per_weight"]), 5.0);
+    for measure in [kl, |p: &serde_json::Value| number(&p["rmse"])] {
+        for symmetric in [false, true] {
+            let of = |bits, group| measure(of(bits, group, symmetric));
+            assert!(of(8, 32) < of(4, 32) && of(4, 32) < of(3, 32) && of(4, 32) < of(4, -1));
+        }
+    }
+    let frontier: Vec<&serde_json::Value> = points.iter().filter(|p| p["frontier"] == true).collect();
+    assert!(
+        frontier.len() > 1 && frontier.windows(2).all(|w| kl(w[0]) > kl(w[1]) && bytes(w[0]) < bytes(w[1]))
+    );
+    for p in points.iter().filter(|p| p["frontier"] == false) {
+        assert!(frontier.iter().any(|f| kl(f) <= kl(p) && bytes(f) <= bytes(p)), "{p}");
+    }
+}
+
+/// Data of a model that is no language model; figures are not looked at, but the shape of the text is.
+#[test]
+fn measured_as_text() {
+    let text = |args: &[&str]| {
+        let text = ok(&[args, &FEW[..6], &["--only", "val_24*"]].concat());
+        // Figures may differ in their last digits between processors.
+        text.replace(|c: char| c.is_ascii_digit(), "0")
+    };
+    snapshot("sensitivity", &text(&["sensitivity", MODEL]));
+    snapshot("sweep", &text(&["sweep", MODEL, "--method", "rtn,awq", "--bits", "4", "--clip", "false,true"]));
+}
+
+#[test]
+fn what_cannot_be_measured() {
+    let dir = Folder::new();
+    let (plain, npz) = (dir.path("plain.qir"), dir.path("none.npz"));
+    fs::write(&plain, UNKNOWN_OP).unwrap();
+    let cases: &[(i32, &str, &[&str])] = &[
+        (2, "unknown pass \"rtm\"", &["sensitivity", MODEL, "--pass", "rtm"]),
+        (2, "pack-int4 quantizes nothing", &["sensitivity", MODEL, "--pass", "rtn,pack-int4"]),
+        (2, "it rounds weights", &["sweep", MODEL, "--packer", "rtn"]),
+        (2, "no method has an option clip", &["sweep", MODEL, "--method", "rtn", "--clip", "true"]),
+        (
+            2,
+            "expected a multiple of 16",
+            &["sweep", MODEL, "--group", "7", "--rows", "1", "--calib", "calib_ids.npy"],
+        ),
+        (1, "calibration data is needed", &["sensitivity", &plain]),
+        (1, "cannot read", &["sensitivity", MODEL, "--calib", &npz]),
+        (1, "rtn matched nothing", &["sensitivity", MODEL, "--only", "none", "--calib", "calib_ids.npy"]),
+    ];
+    for (code, message, args) in cases {
+        let ran = qcc(args);
+        assert_eq!((ran.code, ran.stdout.as_str()), (*code, ""), "{args:?}\n{}", ran.stderr);
+        assert!(ran.stderr.contains(message), "{args:?}: expected {message:?}\n{}", ran.stderr);
+    }
+}
+
 #[test]
 fn completions() {
     for shell in ["bash", "zsh", "fish"] {

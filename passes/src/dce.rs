@@ -4,9 +4,9 @@
 //! model's contract. ONNX ops have no side effects, so an op without a used result computes nothing.
 
 use crate::{Changed, Exactness, Pass, PassCx, PassError};
-use dialects::ir::{Module, Value, ValueDef, graph};
+use dialects::ir::{ConstId, Module, Value, ValueDef, graph};
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 /// The pass; it has no options.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -74,6 +74,18 @@ pub fn sweep(m: &mut Module) -> (u64, u64) {
         unread += before - data.consts.len();
     }
     (dead, unread as u64)
+}
+
+/// Every constant that `m` holds, each once: initializers, and tensors in attributes.
+pub fn constants(m: &Module) -> BTreeSet<ConstId> {
+    let regions = m.live_regions();
+    let initializers = regions.iter().flat_map(|&r| &m.regions[r].consts).filter_map(|&v| m.const_of(v));
+    initializers.chain(m.live_ops().into_iter().flat_map(|op| m.ops[op].attrs.consts())).collect()
+}
+
+/// The bytes of all constants that `m` holds, as a file holds them.
+pub fn bytes(m: &Module) -> u64 {
+    constants(m).into_iter().map(|id| m.consts[id].byte_len()).sum()
 }
 
 #[cfg(test)]

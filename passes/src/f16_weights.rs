@@ -131,6 +131,7 @@ fn store(m: &mut Module, cx: &mut PassCx, shared: &Shared) -> Result<(), PassErr
         group_size: l.k,
         bytes_before: m.consts[l.konst].byte_len(),
         bytes_after,
+        frobenius_error: sums.error2.sqrt(),
         weight_error: if sums.weight2 > 0.0 { (sums.error2 / sums.weight2).sqrt() } else { 0.0 },
         ..WeightReport::default()
     });

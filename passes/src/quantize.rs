@@ -281,6 +281,7 @@ pub fn quantize_matrix<Q: Quantizer>(
         bytes_after: q.codes.byte_len()
             + q.scales.byte_len()
             + q.zero_points.as_ref().map_or(0, ConstData::byte_len),
+        frobenius_error: stats.error2.sqrt(),
         weight_error: stats.relative(),
         output_error: notes.output_error,
         notes: notes.notes,
@@ -375,7 +376,8 @@ pub(crate) fn before_all(m: &Module, uses: &[Linear]) -> Op {
     ops.iter().copied().find(|op| holders.contains(op)).unwrap_or(uses[0].op)
 }
 
-fn float(elem: Elem) -> Option<Float> {
+/// The type of float that a weight of `elem` is read as; `None` for one that is not quantized.
+pub fn float(elem: Elem) -> Option<Float> {
     match elem {
         Elem::F32 => Some(Float::F32),
         Elem::F16 => Some(Float::F16),

@@ -252,27 +252,10 @@ fn ceil_mode(m: &mut Module, op: Op) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::NoData;
     use crate::{Report, Settings};
     use dialects::ir::Dim;
     use dialects::ops::Ops;
-
-    struct NoEnv;
-    impl crate::Env for NoEnv {
-        fn calibrate(&self, _: &Module, _: &[Value], _: &mut crate::CalibSink) -> Result<(), PassError> {
-            Err(PassError::Env("no data".into()))
-        }
-        fn scratch(&self, _: usize) -> Result<Box<dyn crate::Scratch>, PassError> {
-            Err(PassError::Env("no scratch".into()))
-        }
-        fn progress(&self, _: &str, _: u64) -> Box<dyn crate::Progress> {
-            Box::new(NoEnv)
-        }
-    }
-    impl crate::Progress for NoEnv {
-        fn advance(&self, _: u64) -> bool {
-            true
-        }
-    }
 
     fn model(opset: i64, op: OpBuilder, outputs: usize) -> (Module, Op) {
         let mut m = Module::default();
@@ -293,7 +276,7 @@ mod tests {
         let ops = Ops::default();
         let settings = Settings::default();
         let mut report = Report::default();
-        let mut cx = PassCx { ops: &ops, env: &NoEnv, settings: &settings, report: &mut report };
+        let mut cx = PassCx { ops: &ops, env: &NoData, settings: &settings, report: &mut report, rest: &[] };
         raise(m, &mut cx, to, NAME).map_err(|e| e.to_string())?;
         Ok(report.notes)
     }

@@ -26,6 +26,8 @@ pub struct WeightReport {
     pub bytes_before: u64,
     /// Bytes of codes, scales and zero points in the form that is written.
     pub bytes_after: u64,
+    /// |W - Q(W)|, Frobenius.
+    pub frobenius_error: f64,
     /// |W - Q(W)| / |W|, Frobenius.
     pub weight_error: f64,
     /// |XW - XQ(W)| / |XW| on the calibration data, Frobenius; `None` without calibration.

@@ -195,6 +195,15 @@ impl Calibration {
         })
     }
 
+    /// Samples that there are.
+    pub fn samples(&self) -> usize {
+        match &self.source {
+            Source::Tokens { rows, .. } => rows.count(),
+            Source::Arrays(arrays) => arrays.samples(),
+            Source::Noise(noise) => noise.runs(),
+        }
+    }
+
     /// The tokens of a row, where rows of tokens are fed.
     pub fn tokens(&self) -> Option<usize> {
         match &self.source {

@@ -116,13 +116,8 @@ fn histogram(m: &Module) -> Vec<(String, usize)> {
 
 /// Initializers and tensors in attributes, each once.
 fn constants(m: &Module) -> BTreeMap<String, Constants> {
-    let mut ids = HashSet::new();
-    for region in m.live_regions() {
-        ids.extend(m.regions[region].consts.iter().filter_map(|&v| m.const_of(v)));
-    }
-    ids.extend(m.live_ops().into_iter().flat_map(|op| m.ops[op].attrs.consts()));
     let mut out: BTreeMap<String, Constants> = BTreeMap::new();
-    for id in ids {
+    for id in passes::dce::constants(m) {
         let c = &m.consts[id];
         let row = out.entry(c.elem.to_string()).or_default();
         row.tensors += 1;

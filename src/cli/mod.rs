@@ -6,9 +6,12 @@ mod diff;
 mod eval;
 mod inspect;
 mod list;
+mod measuring;
 mod mixed;
 mod quantize;
 mod run;
+mod sensitivity;
+mod sweep;
 
 use crate::Registry;
 use crate::error::Error;
@@ -34,6 +37,8 @@ use std::process::ExitCode;
         qcc eval model.q.onnx --tokens eval.npy --baseline model.onnx\n  \
         qcc run model.onnx --input x=x.npy -o out.npz\n  \
         qcc diff model.onnx model.q.onnx --input x=x.npy\n  \
+        qcc sensitivity model.onnx --calib tokens.npy --pass rtn\n  \
+        qcc sweep model.onnx --calib tokens.npy --bits 3,4,8 --group 32,128\n  \
         qcc convert model.onnx -o model.qir\n  \
         qcc inspect model.onnx"
 )]
@@ -71,6 +76,10 @@ enum Command {
     Run(run::Args),
     /// Run two models on the same inputs, and find where they part
     Diff(diff::Args),
+    /// What each weight costs when it is quantized, and what to do about it
+    Sensitivity(sensitivity::Args),
+    /// Bytes, errors and distance of a model quantized in many ways
+    Sweep(sweep::Args),
     /// Write a model in another format, as one file or two, or against a newer operator set
     Convert(convert::Args),
 }
@@ -114,6 +123,8 @@ fn run(cli: Cli, registry: Registry) -> Result<(), Error> {
         Some(Command::Inspect(args)) => inspect::run(&args, &cx),
         Some(Command::Run(args)) => run::run(&args, &cx),
         Some(Command::Diff(args)) => diff::run(&args, &cx),
+        Some(Command::Sensitivity(args)) => sensitivity::run(&args, &cx),
+        Some(Command::Sweep(args)) => sweep::run(&args, &cx),
         Some(Command::Convert(args)) => convert::run(&args, &cx),
         None if cli.quantize.list_passes => list::run(&cx),
         None => match cli.quantize.completions {

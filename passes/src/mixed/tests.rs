@@ -184,7 +184,9 @@ fn a_recipe_replays_to_the_same_codes() {
     let report = run(&pass, &mut again, &world).unwrap();
     assert_eq!(world.measured.into_inner(), 0);
     assert!(consts(&m) == consts(&again) && report.mix.is_none());
-    let warned = |report: &Report| report.warnings.iter().filter(|w| w.contains("recipe")).cloned().collect::<Vec<_>>();
+    let warned = |report: &Report| {
+        report.warnings.iter().filter(|w| w.contains("recipe")).cloned().collect::<Vec<_>>()
+    };
     assert_eq!(warned(&report), [""; 0]);
 
     // Edited: one layer is left out, one is float, one has other bits.
