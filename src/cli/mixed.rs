@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 /// The flags.
 #[derive(clap::Args)]
 #[command(next_help_heading = "Mixed precision")]
-pub(super) struct Args {
+pub(super) struct Flags {
     /// Give each layer what this file says, instead of a search by `mixed`
     #[arg(long, value_name = "FILE", conflicts_with_all = ["write_recipe", "frontier"])]
     pub(super) recipe: Option<PathBuf>,
@@ -39,7 +39,7 @@ fn form(path: &Path) -> Option<Form> {
     }
 }
 
-impl Args {
+impl Flags {
     /// Refuses what makes no sense, and hands the recipe to the pass that replays it.
     pub(super) fn prepare(&self, pipeline: &mut Pipeline, registry: &Registry) -> Result<(), Error> {
         let flags = [

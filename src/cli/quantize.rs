@@ -106,7 +106,7 @@ pub(super) struct Args {
     external_data: bool,
 
     #[command(flatten)]
-    mixed: mixed::Args,
+    mixed: mixed::Flags,
     #[command(flatten)]
     calibration: calibrate::Options,
     #[command(flatten)]
