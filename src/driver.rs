@@ -11,7 +11,7 @@ use crate::report::paint::count;
 use crate::{Registry, term::Term};
 use dialects::exec::ExecError;
 use dialects::ir::{Diagnostic, Module, infer, verify};
-use passes::{Changed, PassCx, PassError, Report, Settings};
+use passes::{Changed, Pass, PassCx, PassError, Report, Settings};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -189,9 +189,15 @@ impl Driver<'_> {
     ) -> Result<Ran, Error> {
         let step = &self.pipeline.steps[number - 1];
         let counts = report.counts.clone();
+        let rest = self.rest(number);
         let started = Instant::now();
-        let mut cx =
-            PassCx { ops: self.registry.ops(), env: self.env, settings: &self.options.settings, report };
+        let mut cx = PassCx {
+            ops: self.registry.ops(),
+            env: self.env,
+            settings: &self.options.settings,
+            report,
+            rest: &rest,
+        };
         // A pass that panics has a bug; the user still gets a message and a reproducer, and no half-written file.
         let ran = catch_unwind(AssertUnwindSafe(|| step.pass.run(m, &mut cx)));
         let changed = match ran {
@@ -230,6 +236,19 @@ impl Driver<'_> {
         };
         let counts = report.counts.iter().filter_map(grown).collect();
         Ok(Ran { pass: step.normalized(), seconds, changed, counts, check })
+    }
+
+    /// The passes that run after this one.
+    fn rest(&self, number: usize) -> Vec<&dyn Pass> {
+        let stop = |name| self.options.stop_after.as_deref() == Some(name);
+        let steps = self.pipeline.steps.iter().take(self.options.bisect_limit.unwrap_or(usize::MAX));
+        let mut stopped = stop(self.pipeline.steps[number - 1].pass.name());
+        let runs = |pass: &&dyn Pass| {
+            let runs = !stopped;
+            stopped |= stop(pass.name());
+            runs
+        };
+        steps.skip(number).map(|s| &*s.pass).take_while(runs).collect()
     }
 
     fn show(&self, m: &Module, number: usize, changed: bool, before: Option<&Module>) {

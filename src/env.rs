@@ -4,6 +4,7 @@ use crate::calibrate::{CalibError, Calibration};
 use crate::data::lm::inputs_of;
 use crate::eval::distance::{Baseline, Comparing, DistanceError};
 use crate::files;
+use crate::onnx::export;
 use crate::resume::Folder;
 use crate::stream::DataStream;
 use crate::term::Term;
@@ -32,10 +33,23 @@ pub struct DriverEnv {
     pub store: Option<Folder>,
     /// Calibration data, when a pass of the pipeline needs it.
     pub calibration: Option<Calibration>,
+    /// What is written at the end, if that is an ONNX model; for its size.
+    pub output: Option<Output>,
     /// The model before the pipeline, to measure distances from.
     pub baseline: Option<Baseline>,
     /// Weights as they were before they were quantized, for `--check`; `None` keeps none.
     pub originals: Option<Mutex<Vec<(Value, Tensor)>>>,
+}
+
+/// How the output is written.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// Where.
+    pub path: PathBuf,
+    /// Whether weights go into a file beside it.
+    pub external_data: bool,
+    /// Metadata that it gets.
+    pub meta: Vec<(String, String)>,
 }
 
 impl DriverEnv {
@@ -79,6 +93,16 @@ impl Env for DriverEnv {
             DistanceError::Exec(e) => e.into(),
             e => PassError::Env(format!("comparing with the model before the pipeline: {e}")),
         })
+    }
+
+    fn file_bytes(&self, m: &Module) -> Result<u64, PassError> {
+        let output = self.output.as_ref().ok_or_else(|| {
+            PassError::Env("the size of the output is only known where an .onnx file is written".into())
+        })?;
+        let mut m = m.clone();
+        output.meta.iter().for_each(|(key, value)| m.meta.set(key.clone(), value.clone()));
+        let options = export::Options { external_data: output.external_data, ..export::Options::default() };
+        export::len(&m, &output.path, &options).map_err(|e| PassError::Env(e.to_string()))
     }
 
     fn scratch(&self, len: usize) -> Result<Box<dyn Scratch>, PassError> {

@@ -297,6 +297,7 @@ impl<'a> Case<'a> {
             scratch: std::env::temp_dir(),
             store: None,
             calibration,
+            output: None,
             baseline: Some(Baseline::new(m.clone(), usize::MAX)),
             originals: None,
         };

@@ -136,6 +136,30 @@ impl Pipeline {
         Ok(Pipeline { text: text.to_string(), steps })
     }
 
+    /// Gives an option that the command line cannot write to every pass named `pass`. It is no part of the normalized
+    /// text.
+    pub fn give(
+        &mut self,
+        registry: &Registry,
+        pass: &str,
+        option: &str,
+        value: &Json,
+    ) -> Result<(), PipelineError> {
+        let Some(def) = registry.pass(pass) else { return Ok(()) };
+        for step in self.steps.iter_mut().filter(|s| s.pass.name() == pass) {
+            let mut options = step.options.clone();
+            options.insert(option.to_string(), value.clone());
+            step.pass = (def.make)(Json::Object(options)).map_err(|why| PipelineError {
+                message: format!("{pass}: the option {option} does not fit: {why}"),
+                text: self.text.clone(),
+                span: step.span.clone().into(),
+                label: "of this pass".into(),
+                help: None,
+            })?;
+        }
+        Ok(())
+    }
+
     /// The whole pipeline with every option written out.
     pub fn normalized(&self) -> String {
         self.steps.iter().map(Step::normalized).collect::<Vec<_>>().join(",")
@@ -375,7 +399,7 @@ pub fn literal(v: &Json) -> String {
 }
 
 fn is_plain(s: &str) -> bool {
-    let word = |c: char| c.is_ascii_alphanumeric() || "_-./:*".contains(c);
+    let word = |c: char| c.is_ascii_alphanumeric() || "_-./:*+%".contains(c);
     !s.is_empty() && s.chars().all(word) && s.parse::<f64>().is_err() && s != "true" && s != "false"
 }
 

@@ -91,6 +91,7 @@ fn exact_passes_keep_the_function() {
         scratch: std::env::temp_dir(),
         store: None,
         calibration: None,
+        output: None,
         baseline: None,
         originals: None,
     };

@@ -9,6 +9,7 @@ pub mod const_fold;
 pub mod dce;
 pub mod eqsat;
 pub mod errors;
+pub mod f16_weights;
 pub mod fold_scales;
 pub mod gemm;
 pub mod gptq;
@@ -16,6 +17,7 @@ pub mod gram;
 pub mod grid;
 pub mod group;
 pub mod linear;
+pub mod mixed;
 pub mod pack_int4;
 pub mod pack_qdq;
 pub mod qtensor;
@@ -115,6 +117,12 @@ pub trait Env: Sync {
     /// of it as the user wants to measure on. Fails when there is no such data.
     fn distance(&self, _m: &Module) -> Result<Distance, PassError> {
         Err(PassError::Env("the outputs of models cannot be compared here".into()))
+    }
+
+    /// Bytes of the output, all files together, if the pipeline ended with `m`. Fails where no model of a form that can be
+    /// measured is written.
+    fn file_bytes(&self, _m: &Module) -> Result<u64, PassError> {
+        Err(PassError::Env("the size of the output is only known where an .onnx file is written".into()))
     }
 
     /// A zeroed buffer of `len` bytes that does not count as anonymous memory when it is large.
@@ -222,6 +230,8 @@ pub struct PassCx<'a> {
     pub settings: &'a Settings,
     /// What the pass says it did, and left.
     pub report: &'a mut Report,
+    /// The passes that run after this one, in order.
+    pub rest: &'a [&'a dyn Pass],
 }
 
 /// A pass. The struct that implements it *is* its option set: see [`PassDef`].
@@ -294,6 +304,8 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
     || PassDef::of::<gptq::Gptq>("gptq"),
+    || PassDef::of::<mixed::Mixed>(mixed::NAME),
+    || PassDef::of::<f16_weights::F16Weights>(f16_weights::NAME),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
     || PassDef::of::<raise_opset::RaiseOpset>("raise-opset"),

@@ -57,7 +57,8 @@ impl Pass for PackInt4 {
             found += 1;
             packed += pack(m, cx, &q, &placed)?;
         }
-        if found == 0 && !cx.settings.allow_noop {
+        // What `mixed` chose may all be float.
+        if found == 0 && !cx.settings.allow_noop && cx.report.mix.is_none() {
             let why = "no quantized weights are there to pack; quantize first, as in `rtn,pack-int4`".into();
             return Err(PassError::Nothing { pass: NAME, why });
         }

@@ -42,7 +42,8 @@ impl Pass for PackQdq {
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
         let packed = pack_rest(m, cx, NAME)?;
         if packed == 0 {
-            if cx.settings.allow_noop {
+            // What `mixed` chose may all be float.
+            if cx.settings.allow_noop || cx.report.mix.is_some() {
                 return Ok(Changed::No);
             }
             let why = "no quantized weights are there to pack; quantize first, as in `rtn,pack-qdq`".into();

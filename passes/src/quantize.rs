@@ -426,7 +426,7 @@ fn place(
 }
 
 /// The op before which a value must stand that all of these read, in whatever nested graphs they are.
-fn before_all(m: &Module, uses: &[Linear]) -> Op {
+pub(crate) fn before_all(m: &Module, uses: &[Linear]) -> Op {
     // An op with the ops that hold its region, the outermost last.
     let path = |l: &Linear| -> Vec<Op> {
         std::iter::successors(Some(l.op), |&op| m.regions[m.ops[op].region].parent).collect()

@@ -276,7 +276,7 @@ mod tests {
         let ops = Ops::default();
         let settings = Settings::default();
         let mut report = Report::default();
-        let mut cx = PassCx { ops: &ops, env: &NoData, settings: &settings, report: &mut report };
+        let mut cx = PassCx { ops: &ops, env: &NoData, settings: &settings, report: &mut report, rest: &[] };
         raise(m, &mut cx, to, NAME).map_err(|e| e.to_string())?;
         Ok(report.notes)
     }

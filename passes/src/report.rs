@@ -1,6 +1,7 @@
 //! What passes did and what they left: the material of the driver's table and of `--json`.
 
 use crate::errors::{StepErrors, WeightErrors};
+use crate::mixed::Mix;
 use dialects::ir::{OpName, Symbol};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -74,6 +75,8 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// Things a user may want to know, in order.
     pub notes: Vec<String>,
+    /// What `mixed` found.
+    pub mix: Option<Mix>,
     /// Counters, for `--stats`.
     pub counts: BTreeMap<String, u64>,
 }

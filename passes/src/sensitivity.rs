@@ -57,7 +57,8 @@ impl Variant {
             Recorder { env: cx.env, unscaled: unscaled.values().copied().collect(), found: Mutex::default() };
         let mut report = Report::default();
         for pass in passes {
-            let mut cx = PassCx { ops: cx.ops, env: &recorder, settings: cx.settings, report: &mut report };
+            let mut cx =
+                PassCx { ops: cx.ops, env: &recorder, settings: cx.settings, report: &mut report, rest: &[] };
             pass.run(&mut out, &mut cx)?;
             infer(&mut out, cx.ops);
         }
@@ -87,7 +88,8 @@ impl Variant {
                 what: what.clone(),
                 why: format!("this is a bug: {why}"),
             };
-            let label = QTensor::of(&m, value).ok_or_else(|| bug("it is not what a pass quantized"))?.1.label;
+            // A weight that is only stored in fewer bits has no codes; its readers alone tell which it is.
+            let label = QTensor::of(&m, value).map(|(_, placed)| placed.label);
             // A kernel is read through a Reshape of the codes' matrix.
             let mut quantized = value;
             while let [Use::Operand(op, 0)] = *uses.of(quantized)
@@ -104,8 +106,10 @@ impl Variant {
                     Use::Result(..) => None,
                 })
                 .collect();
-            let entry =
-                |w: &WeightReport| w.weight == label && readers.iter().any(|r| *m.ops[r.0].loc == *w.node);
+            let entry = |w: &WeightReport| {
+                label.as_ref().is_none_or(|l| w.weight == *l)
+                    && readers.iter().any(|r| *m.ops[r.0].loc == *w.node)
+            };
             let Some(at) = weights.iter().position(entry) else { return Err(bug("no pass reported it")) };
             let (hash, made) = match float {
                 Float::Unscaled(hash) => (Some(hash), None),
@@ -177,7 +181,8 @@ impl Variant {
         let weights = (0..self.weights.len()).filter(|&i| quantized(i)).map(|i| self.weights[i].clone());
         let mut report = Report { weights: weights.collect(), ..Report::default() };
         for packer in packers {
-            let mut cx = PassCx { ops: cx.ops, env: cx.env, settings: cx.settings, report: &mut report };
+            let mut cx =
+                PassCx { ops: cx.ops, env: cx.env, settings: cx.settings, report: &mut report, rest: &[] };
             packer.run(&mut packed, &mut cx)?;
         }
         dce::sweep(&mut packed);
@@ -355,7 +360,7 @@ mod tests {
 
     fn with<T>(run: impl FnOnce(&mut PassCx) -> T) -> T {
         let (ops, settings, mut report) = (Ops::standard(), Settings::default(), Report::default());
-        run(&mut PassCx { ops: &ops, env: &NoData, settings: &settings, report: &mut report })
+        run(&mut PassCx { ops: &ops, env: &NoData, settings: &settings, report: &mut report, rest: &[] })
     }
 
     fn outputs(m: &Module) -> Vec<Item> {

@@ -83,6 +83,7 @@ fn raise(m: &mut Module, found: Vec<Diagnostic>, n: i64, args: &Args, cx: &Conte
         scratch: std::env::temp_dir(),
         store: None,
         calibration: None,
+        output: None,
         baseline: None,
         originals: None,
     };

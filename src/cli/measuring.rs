@@ -77,6 +77,7 @@ impl<'a> Measuring<'a> {
             term: cx.term,
             scratch: std::env::temp_dir(),
             calibration: Some(data),
+            output: None,
             baseline: Some(Baseline::new(m.clone(), args.calibration.measure_samples)),
             store: None,
             originals: None,
@@ -114,7 +115,7 @@ impl<'a> Measuring<'a> {
     ) -> Result<T, Error> {
         let passes: Vec<&dyn Pass> = pipeline.steps.iter().map(|s| &*s.pass).collect();
         let (ops, env, settings) = (self.cx.registry.ops(), &self.env, &self.settings);
-        let ran = run(&mut PassCx { ops, env, settings, report: &mut self.report }, &passes);
+        let ran = run(&mut PassCx { ops, env, settings, report: &mut self.report, rest: &[] }, &passes);
         ran.map_err(|e| {
             let named = |s: &Step| matches!(&e, PassError::Option { pass, .. } if s.pass.name() == *pass);
             let at = pipeline.steps.iter().position(named);

@@ -7,6 +7,7 @@ mod eval;
 mod inspect;
 mod list;
 mod measuring;
+mod mixed;
 mod quantize;
 mod run;
 mod sensitivity;

@@ -1,9 +1,9 @@
 //! The default command: read a model, run a pipeline, write the result, report.
 
-use super::{Context, print, publish};
+use super::{Context, mixed, print, publish};
 use crate::calibrate::{self, Calibration};
 use crate::driver::{self, After, Options};
-use crate::env::DriverEnv;
+use crate::env::{DriverEnv, Output};
 use crate::error::Error;
 use crate::eval::distance::Baseline;
 use crate::files;
@@ -110,6 +110,8 @@ pub(super) struct Args {
     external_data: bool,
 
     #[command(flatten)]
+    mixed: mixed::Flags,
+    #[command(flatten)]
     calibration: calibrate::Options,
     #[command(flatten)]
     debug: Debug,
@@ -165,9 +167,10 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
             "give -o FILE to one of them",
         ));
     }
-    let pipeline = pipeline(args, cx)?;
+    let mut pipeline = pipeline(args, cx)?;
+    args.mixed.prepare(&mut pipeline, &cx.registry)?;
     let loaded = model::load(input)?;
-    if let Some(output) = &args.output {
+    for output in args.output.iter().chain(args.mixed.outputs()) {
         files::refuse_overwrite(output, &loaded.files)?;
     }
     let mut m = loaded.module;
@@ -175,8 +178,19 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     if !found.is_empty() && !args.debug.no_verify {
         return Err(Error::Invalid { path: input.to_owned(), found });
     }
-    let env = env(args, cx, &pipeline, &m)?;
+    let mut env = env(args, cx, &pipeline, &m)?;
     let options = options(args);
+    // Samples for `--check` alone leave no trace in the output.
+    let fed = env.calibration.as_ref().filter(|_| needs_data(&pipeline));
+    let recipe = std::iter::once(pipeline.normalized()).chain(flags(args)).collect::<Vec<_>>().join(" ");
+    let provenance = match pipeline.steps.is_empty() {
+        true => Vec::new(),
+        false => provenance(&m, &recipe, fed),
+    };
+    if format == Format::Onnx {
+        let path = args.output.clone().unwrap_or_else(|| input.to_owned());
+        env.output = Some(Output { path, external_data: args.external_data, meta: provenance.clone() });
+    }
     let mut outcome = driver::run(&mut m, &pipeline, &cx.registry, &env, &options)?;
     let calibration = env.calibration.as_ref().filter(|_| needs_data(&pipeline) || measures(args, &pipeline));
     for w in loaded.warnings.iter().chain(calibration.iter().flat_map(|c| &c.warnings)) {
@@ -192,13 +206,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     if args.strict {
         strict(&float)?;
     }
-    if !pipeline.steps.is_empty() {
-        // Samples that only errors were measured with leave no trace in the output.
-        let calibration = calibration.filter(|_| needs_data(&pipeline));
-        let mut recipe = pipeline.normalized();
-        flags(args).iter().for_each(|flag| recipe.push_str(&format!(" {flag}")));
-        provenance(&mut m, &recipe, calibration);
-    }
+    provenance.into_iter().for_each(|(key, value)| m.meta.set(key, value));
     let mut totals = Totals { input_bytes: model::total_size(&loaded.files), ..Totals::default() };
     totals.weights(&outcome.report);
     if to_stdout {
@@ -206,6 +214,9 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     } else if let Some(output) = &args.output {
         let save = SaveOptions { external_data: args.external_data, inputs: loaded.files.clone() };
         totals.output_bytes = Some(model::save(&m, output, format, save, &cx.term)?);
+    }
+    if let Some(mix) = &outcome.report.mix {
+        args.mixed.write(mix)?;
     }
     totals.seconds = started.elapsed().as_secs_f64();
     let summary = Summary {
@@ -292,6 +303,7 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
         scratch: beside.map_or_else(std::env::temp_dir, Path::to_owned),
         store: store.transpose()?,
         calibration,
+        output: None,
         baseline: needed.then(|| Baseline::new(m.clone(), data.measure_samples)),
         originals: args.debug.check.then(Default::default),
     })
@@ -336,7 +348,7 @@ fn repro_flags(args: &Args) -> String {
         ("--seed", (data.seed != 0).then(|| data.seed.to_string())),
     ];
     let given = given.into_iter().filter_map(|(flag, value)| Some(format!("{flag} {}", value?)));
-    given.chain(flags(args).into_iter().map(String::from)).collect::<Vec<_>>().join(" ")
+    given.chain(flags(args)).collect::<Vec<_>>().join(" ")
 }
 
 /// Text as one word of a shell.
@@ -355,7 +367,7 @@ fn strict(float: &[Float]) -> Result<(), Error> {
 }
 
 /// The flags that change what passes do.
-fn flags(args: &Args) -> Vec<&'static str> {
+fn flags(args: &Args) -> Vec<String> {
     let flags = [
         (args.profile == Profile::OrtCpuExact, "--profile ort-cpu-exact"),
         (args.scale_type == ScaleType::F16, "--scale-type f16"),
@@ -363,20 +375,22 @@ fn flags(args: &Args) -> Vec<&'static str> {
         (args.allow_mul, "--allow-mul"),
         (args.keep_opset, "--keep-opset"),
     ];
-    flags.into_iter().filter(|(given, _)| *given).map(|(_, flag)| flag).collect()
+    let named = args.mixed.recipe.as_ref().and_then(|r| r.file_name());
+    let recipe = named.map(|name| format!("--recipe {}", name.to_string_lossy()));
+    let flags = flags.into_iter().filter(|(given, _)| *given).map(|(_, flag)| flag.to_string());
+    flags.chain(recipe).collect()
 }
 
-/// Says in the model how it was made. A model that was made by qcc before keeps its earlier recipe in front.
-fn provenance(m: &mut Module, recipe: &str, calibration: Option<&Calibration>) {
+/// What the model says of how it was made, as metadata. A model that was made by qcc before keeps its earlier recipe in
+/// front.
+fn provenance(m: &Module, recipe: &str, calibration: Option<&Calibration>) -> Vec<(String, String)> {
     let key = |k: &str| format!("metadata.qcc.{k}");
     let recipe = match m.meta.get(&key("recipe")) {
         Some(earlier) => format!("{earlier}; {recipe}"),
         None => recipe.to_string(),
     };
-    m.meta.set(key("recipe"), recipe);
-    if let Some(c) = calibration {
-        let hex: String = c.hash.iter().map(|b| format!("{b:02x}")).collect();
-        m.meta.set(key("calibration"), format!("blake3:{hex}"));
-    }
-    m.meta.set(key("version"), env!("CARGO_PKG_VERSION"));
+    let hex = |c: &Calibration| c.hash.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let calibration = calibration.map(|c| (key("calibration"), format!("blake3:{}", hex(c))));
+    let version = (key("version"), env!("CARGO_PKG_VERSION").to_string());
+    [(key("recipe"), recipe)].into_iter().chain(calibration).chain([version]).collect()
 }

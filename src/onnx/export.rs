@@ -93,22 +93,7 @@ pub fn write(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Written, ExportError> {
     files::refuse_overwrite(path, &options.inputs)?;
-    let mut writer = Writer::new(m, None)?;
-    let plain = std::fs::metadata(path).map_or(true, |m| m.is_file());
-    let external = options.external_data && plain;
-    let mut rope = if external { Rope::default() } else { writer.model()? };
-    if external || plain && rope.len() > SIDECAR_FROM {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        writer.sidecar = Some(Sidecar::new(format!("{name}.data")));
-        rope = writer.model()?;
-    }
-    if rope.len() > MESSAGE_MAX {
-        return Err(match plain {
-            true => ExportError::TooLarge(rope.len()),
-            false => ExportError::NoSidecar(rope.len(), path.to_owned()),
-        });
-    }
-    let sidecar = writer.sidecar.filter(|s| s.len > 0);
+    let (rope, sidecar) = plan(m, path, options)?;
     let total = rope.len() + sidecar.as_ref().map_or(0, |s| s.len);
     let mut done = 0;
     let mut tell = |bytes: u64| {
@@ -133,6 +118,32 @@ pub fn write(
     }
     model.commit()?;
     Ok(Written(written))
+}
+
+/// Bytes that [`write()`] would write to `path`, all files together.
+pub fn len(m: &Module, path: &Path, options: &Options) -> Result<u64, ExportError> {
+    let (rope, sidecar) = plan(m, path, options)?;
+    Ok(rope.len() + sidecar.map_or(0, |s| s.len))
+}
+
+/// What goes into the model's file, and what into a sidecar.
+fn plan(m: &Module, path: &Path, options: &Options) -> Result<(Rope, Option<Sidecar>), ExportError> {
+    let mut writer = Writer::new(m, None)?;
+    let plain = std::fs::metadata(path).map_or(true, |m| m.is_file());
+    let external = options.external_data && plain;
+    let mut rope = if external { Rope::default() } else { writer.model()? };
+    if external || plain && rope.len() > SIDECAR_FROM {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        writer.sidecar = Some(Sidecar::new(format!("{name}.data")));
+        rope = writer.model()?;
+    }
+    if rope.len() > MESSAGE_MAX {
+        return Err(match plain {
+            true => ExportError::TooLarge(rope.len()),
+            false => ExportError::NoSidecar(rope.len(), path.to_owned()),
+        });
+    }
+    Ok((rope, writer.sidecar.filter(|s| s.len > 0)))
 }
 
 fn failed(error: RopeError, file: &OutputFile, part: &str) -> ExportError {

@@ -1,5 +1,6 @@
 //! What a run reports: the table of weights, what stayed float and why, totals, warnings; or all of it as JSON.
 
+pub mod frontier;
 pub mod paint;
 mod table;
 
@@ -105,6 +106,10 @@ pub fn float(m: &Module, pipeline: &Pipeline, report: &Report) -> Vec<Float> {
         let data = &m.ops[op];
         let (shape, bytes) = size(m, weight);
         let name = m.value_label(weight);
+        // Stored in fewer bits, but float: it stands among the quantized weights.
+        if report.weights.iter().any(|w| w.bits >= 16 && w.weight == name && *w.node == *data.loc) {
+            return None;
+        }
         let said = report.left.iter().find(|l| l.node == data.loc && l.op == data.name.as_str());
         let asked = filters.iter().find_map(|f| f.refuses(&[&data.loc, &name], &data.name));
         Some(Float {

@@ -105,9 +105,10 @@ fn notes(out: &mut String, p: &Painter, s: &Summary) {
     }
 }
 
-/// `awq int4 g32`; a group of a whole row has no number.
+/// `awq int4 g32`; a group of a whole row has no number, and neither has a weight that is still float.
 fn method(w: &WeightReport) -> String {
     match w.group_size {
+        _ if w.bits >= 16 => w.method.clone(),
         g if g >= w.k => format!("{} int{} row", w.method, w.bits),
         g => format!("{} int{} g{g}", w.method, w.bits),
     }

@@ -95,6 +95,14 @@ impl Matrix<'_> {
         }
     }
 
+    /// The weight of output `n` and input `k`.
+    pub fn at(&self, n: usize, k: usize) -> f32 {
+        self.get(match self.layout {
+            Layout::Kn => k * self.n + n,
+            Layout::Nk => n * self.k + k,
+        })
+    }
+
     /// The matrix in memory: `[N, K]`, or `[K, N]` without `rows_are_outputs`.
     pub fn tensor(&self, rows_are_outputs: bool) -> Tensor {
         let (rows, columns) = if rows_are_outputs { (self.n, self.k) } else { (self.k, self.n) };
