@@ -65,32 +65,30 @@ MODELS = [
     Model("wikilm with outlier channels", "wikilm", "model.onnx.xz", 64, 64, 47.0549, ("4g32", "3g32"), variants.outliers),
 ]
 
-# Pipelines of qcc: a label, the passes, further flags. `@` stands for a width's options, such as bits=4,group=32.
+# Pipelines of qcc, and further flags behind a space. `@` stands for a width's options, such as bits=4,group=32.
 PIPELINES = [
-    ("rtn, symmetric", "rtn{@,symmetric=true}"),
-    ("rtn", "rtn{@}"),
-    ("rtn, clip", "rtn{@,clip=true}"),
-    ("rtn, hqq", "rtn{@,hqq=true}"),
-    ("awq", "awq{@}"),
-    ("gptq, symmetric", "gptq{@,symmetric=true}"),
-    ("gptq", "gptq{@}"),
-    ("gptq, sequential by layer", "gptq{@,sequential=layer}"),
-    ("gptq, sequential by block", "gptq{@,sequential=block}"),
-    ("awq, gptq", "awq{@},gptq{@}"),
-    ("awq, gptq, sequential by layer", "awq{@},gptq{@,sequential=layer}"),
+    "rtn{@,symmetric=true}",
+    "rtn{@}",
+    "rtn{@,clip=true}",
+    "rtn{@,hqq=true}",
+    "awq{@}",
+    "gptq{@,symmetric=true}",
+    "gptq{@}",
+    "gptq{@,sequential=layer}",
+    "gptq{@,sequential=block}",
+    "awq{@},gptq{@}",
+    "awq{@},gptq{@,sequential=layer}",
+    "awq{@},gptq{@,sequential=layer} --tied shared",
 ]
 
-# Mixed precision at the bytes of a uniform file, `$`: a label and the passes.
-UNIFORM = ("gptq, uniform", "gptq{@}")
-MIXED = [
-    ("mixed, dp", "mixed{size=$}"),
-    ("mixed, greedy", "mixed{size=$,solver=greedy}"),
-]
+# Mixed precision at the bytes, `$`, of a uniform file.
+UNIFORM = "gptq{@}"
+MIXED = ["mixed{size=$}", "mixed{size=$,solver=greedy}"]
 
 # What is timed on one layer, and what is watched on a wide one.
-TIMED = [("rtn", "rtn{group=32}"), ("awq", "awq{group=32}"), ("gptq", "gptq{group=32}")]
+TIMED = ["rtn", "awq", "gptq"]
 TIMED_RIVALS = ["onnxsim GPTQ, symmetric"]
-WIDE = [("rtn", "rtn{only=[wide]}"), ("awq", "awq{only=[wide]}"), ("gptq", "gptq{only=[wide]}")]
+WIDE = ["rtn{only=[wide]}", "awq{only=[wide]}", "gptq{only=[wide]}"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,8 @@ class Rival:
     forms: tuple = ("plain",)
 
 
-# A list is searched in vain in what an exporter writes, so the first of each is given that too.
+# They leave a head behind a Transpose alone, and onnxsim all of a model older than opset 21. Where every weight is the
+# constant operand of a product, bytes and quality compare; some are measured on the other forms too, to show the difference.
 BOTH, THREE = ("exported", "plain"), ("exported", "raised", "plain")
 RIVALS = [
     Rival("ONNX Runtime RTN, symmetric", "ort-rtn", symmetric=True, forms=BOTH),
@@ -187,6 +186,7 @@ class Bench:
     def __init__(self, args):
         self.args = args
         self.work = Work(args.work, args.fresh)
+        self.environments = {}
 
     # Models and data
 
@@ -198,7 +198,8 @@ class Bench:
 
         def make(path):
             data = lzma.decompress(source.read_bytes()) if source.suffix == ".xz" else source.read_bytes()
-            onnx.save(change((model.change or (lambda m: m))(onnx.load_from_string(data))), path)
+            m = variants.bare(onnx.load_from_string(data))
+            onnx.save(change(model.change(m) if model.change else m), path)
 
         return self.work.file(self.work.path("model", *key).with_suffix(".onnx"), make)
 
@@ -242,13 +243,14 @@ class Bench:
         """The Python of a rival's environment, or the error that keeps it from being made."""
         requirements = HERE / f"rivals-{name}.txt"
         folder = self.work.path(f"env-{name}", digest(requirements))
-
-        def make():
+        done = folder / "installed"
+        if name not in self.environments and not done.exists():
             subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
             run = measured([folder / "bin/pip", "install", "--quiet", "-r", requirements])
-            return {"error": reason(run.err) if run.status else None}
-
-        return folder / "bin/python", self.work.result(folder, make)["error"]
+            if run.status == 0:
+                done.touch()
+            self.environments[name] = reason(run.err) if run.status else None
+        return folder / "bin/python", self.environments.get(name)
 
     def quantized(self, key, command, out, env=None):
         """Runs a command that writes `out`: seconds, memory, and the error if there is one."""
@@ -264,16 +266,22 @@ class Bench:
 
         return self.work.result(self.work.path("run", *key), make)
 
-    def qcc(self, model, pipeline, width, flags=()):
+    def qcc(self, passes, flags, source, calib, rows):
         """The file that qcc makes, and what that took."""
-        bits, group = WIDTHS[width]
-        passes = pipeline.replace("@", f"bits={bits},group={group}") + ",pack-int4"
-        source, calib = self.form(model, "exported"), self.data(model, "calib")
-        key = [digest(self.args.qcc), digest(source), digest(calib), model.calib_rows, passes, flags]
+        key = [digest(self.args.qcc), digest(source), digest(calib), rows, passes, flags]
         out = self.work.path("qcc", *key).with_suffix(".onnx")
-        data = ["--calib", calib, "--calib-samples", str(model.calib_rows)]
-        command = [self.args.qcc, source, "--pass", passes, "--profile", "ort-cpu-exact", "-o", out, "--quiet"]
-        return out, self.quantized(key, [*command, *data, "--threads", "2", *flags], out)
+        command = [self.args.qcc, source, "--pass", f"{passes},pack-int4", "--profile", "ort-cpu-exact", "-o", out]
+        command += ["--quiet", "--calib", calib, "--calib-samples", str(rows), "--threads", "2", *flags]
+        return out, self.quantized(key, command, out)
+
+    def pipeline(self, model, width, pipeline):
+        """The row of a pipeline."""
+        bits, group = WIDTHS[width]
+        passes, *flags = pipeline.replace("@", f"bits={bits},group={group}").split(" ")
+        label = " ".join([f"qcc `{passes}`", *flags])
+        source, calib = self.form(model, "exported"), self.data(model, "calib")
+        make = functools.partial(self.qcc, passes, flags, source, calib, model.calib_rows)
+        return self.row(model, width, label, "exported", make)
 
     def rival(self, model, rival, form, width):
         return self.rival_on(rival, self.form(model, form), self.data(model, "calib"), model.calib_rows, width)
@@ -319,13 +327,25 @@ class Bench:
             if abs(scores["perplexity"] - model.perplexity) > 1e-3:
                 sys.exit(f"{model.name}, {form}: perplexity {scores['perplexity']:.4f}, expected {model.perplexity}")
         for width in self.widths(model):
-            for label, pipeline, *flags in PIPELINES:
-                made = functools.partial(self.qcc, model, pipeline, width, tuple(flags))
-                yield self.row(model, width, f"qcc {label}", "exported", made)
+            for pipeline in PIPELINES:
+                yield self.pipeline(model, width, pipeline)
             for rival in RIVALS:
                 for form in rival.forms:
                     made = functools.partial(self.rival, model, rival, form, width)
                     yield self.row(model, width, rival.label, form, made)
+
+    def mixed(self, model):
+        """Mixed precision beside a uniform file of as many bytes."""
+        uniform = self.pipeline(model, "4g32", UNIFORM)
+        yield uniform
+        for pipeline in MIXED:
+            yield self.pipeline(model, "4g32", pipeline.replace("$", str(uniform.bytes or 0)))
+
+    def skipped(self, label):
+        return any(fnmatch.fnmatch(label, p) for p in self.args.skip)
+
+    def widths(self, model):
+        return [w for w in model.widths if not self.args.width or w in self.args.width]
 
     # One layer
 
@@ -337,14 +357,6 @@ class Bench:
             onnx.save(m, model)
             np.savez(data, **feed)
         return model, data
-
-    def one_layer(self, model, data, label, passes, samples):
-        """What qcc takes to quantize one layer."""
-        key = [digest(self.args.qcc), digest(model), digest(data), passes, samples]
-        out = self.work.path("layer-qcc", *key).with_suffix(".onnx")
-        command = [self.args.qcc, model, "--pass", f"{passes},pack-int4", "--profile", "ort-cpu-exact", "-o", out]
-        command += ["--quiet", "--calib", data, "--calib-samples", str(samples), "--threads", "2"]
-        return f"qcc {label}", out, self.quantized(key, command, out)
 
     def time(self):
         """One layer of 4096 x 4096 and 2,048 rows: seconds, memory, and the error of the output."""
@@ -364,8 +376,8 @@ class Bench:
             yield {"model": "layer", "label": label, **run, "output_error": error}
 
     def timed(self, model, data, rows):
-        for label, passes in TIMED:
-            yield self.one_layer(model, data, label, passes, rows)
+        for passes in TIMED:
+            yield f"qcc `{passes}`", *self.qcc(passes, [], model, data, rows)
         for rival in RIVALS:
             if rival.label in TIMED_RIVALS and not self.skipped(rival.label):
                 yield rival.label, *self.rival_on(rival, model, data, rows, "4g32")
@@ -376,27 +388,11 @@ class Bench:
         model, data = self.layer(f"wide-{rows}", lambda: variants.wide(inner, out, rows, tokens))
         print(f"\n## One layer of {inner} x {out}, {rows} x {tokens} tokens: limit 2000 MB\n\n| method | peak MB | s |")
         print("|---|---:|---:|")
-        for label, passes in WIDE:
-            label, _, run = self.one_layer(model, data, label, passes, rows)
+        for passes in WIDE:
+            _, run = self.qcc(passes, [], model, data, rows)
             cells = run["error"] or f"{run['peak'] / 1e6:.0f} | {run['seconds']:.1f}"
-            print(f"| {label} | {cells} |", flush=True)
-            yield {"model": "wide", "label": label, **run}
-
-    def skipped(self, label):
-        return any(fnmatch.fnmatch(label, p) for p in self.args.skip)
-
-    def widths(self, model):
-        return [w for w in model.widths if not self.args.width or w in self.args.width]
-
-    def mixed(self, model):
-        """Mixed precision beside a uniform file of as many bytes."""
-        label, pipeline = UNIFORM
-        uniform = self.row(model, "4g32", f"qcc {label}", "exported", lambda: self.qcc(model, pipeline, "4g32"))
-        yield uniform
-        for label, pipeline in MIXED:
-            size = str(uniform.bytes or 0)
-            made = functools.partial(self.qcc, model, pipeline.replace("$", size), "4g32")
-            yield self.row(model, "4g32", f"qcc {label}", "exported", made)
+            print(f"| qcc `{passes}` | {cells} |", flush=True)
+            yield {"model": "wide", "label": f"qcc `{passes}`", **run}
 
 
 def reason(text):
@@ -409,26 +405,31 @@ def reason(text):
 
 
 FORMS = {"exported": "as exported", "raised": "opset 21", "plain": "plain head"}
-HEAD = "| method | model | layers | perplexity | KL | MB | unused MB | bits/weight: file | layers | s | peak MB |"
+HEAD = "| method | model | quantized | perplexity | KL | of rtn's | MB | unused MB | bits/weight: file | layers | s | peak MB |"
 
 
 def table(rows):
-    """The markdown table of one model."""
+    """The markdown table of one model, in a part for each width."""
     lines = []
     for width in dict.fromkeys(r.width for r in rows):
         bits, group = WIDTHS[width]
-        lines += [f"\n**{bits} bits, groups of {group}**\n", HEAD, "|---|---|" + "---:|" * 9]
-        lines += [line(r) for r in rows if r.width == width]
+        here = [r for r in rows if r.width == width]
+        plain = f"qcc `rtn{{bits={bits},group={group}}}`"
+        rtn = next((r.kl for r in here if r.label == plain), None)
+        lines += [f"\n**{bits} bits, groups of {group}**\n", HEAD, "|---|---|---|" + "---:|" * 9]
+        lines += [line(r, rtn) for r in here]
     return "\n".join(lines)
 
 
-def line(r):
+def line(r, rtn):
+    """A row; `rtn` is the divergence of qcc's rounding to nearest."""
     start = f"| {r.label} | {FORMS[r.form]} |"
     if r.perplexity is None:
-        return f"{start} | {r.error} |" + " |" * 7
+        return f"{start} {r.error} |" + " |" * 9
     c = r.contents
     layers = f"{c['quantized']} of {c['layers']}" + (f", {c['rewritten']} simulated" if c["rewritten"] else "")
-    cells = [layers, f"{r.perplexity:.4f}", f"{r.kl:.5f}", f"{r.bytes / 1e6:.2f}", f"{c['unused'] / 1e6:.2f}"]
+    cells = [layers, f"{r.perplexity:.4f}", f"{r.kl:.5f}", f"{r.kl / rtn:.2f}" if rtn else ""]
+    cells += [f"{r.bytes / 1e6:.2f}", f"{c['unused'] / 1e6:.2f}"]
     cells += [f"{n * 8 / c['weights']:.3f}" for n in (r.bytes, c["bytes"])]
     cells += [f"{r.seconds:.1f}", f"{r.peak / 1e6:.0f}"]
     return start + "".join(f" {cell} |" for cell in cells)

@@ -8,6 +8,14 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 OPSET = 21
 
 
+def bare(model):
+    """Without the exporter's notes, which some quantizers keep and some drop: they would outweigh the codes of a small model."""
+    for part in [model.graph, *model.graph.node, *model.graph.value_info]:
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return model
+
+
 def raised(model):
     """Against opset 21: the oldest that has int4."""
     return version_converter.convert_version(model, OPSET)
