@@ -211,8 +211,9 @@ class Bench:
         source = self.form(model, "exported")
 
         def make(path):
+            found = batches(session(source, threads=self.args.threads), self.rows(model))
             with open(path, "wb") as f:
-                np.save(f, np.concatenate([x.astype(np.float32) for x in batches(session(source), self.rows(model))]))
+                np.save(f, np.concatenate([x.astype(np.float32) for x in found]))
 
         key = [digest(source), digest(self.data(model, "eval")), model.eval_rows]
         return np.load(self.work.file(self.work.path("logits", *key).with_suffix(".npy"), make), mmap_mode="r")
@@ -226,14 +227,14 @@ class Bench:
 
         def make():
             ids, reference = self.rows(model), self.logits(model)
-            nll, divergence, done = [], [], 0
-            for x in batches(session(path, exact=True), ids):
-                here = slice(done, done + len(x))
-                q = log_softmax(x[:, :-1])
-                nll.append(surprise(q, ids[here]))
-                divergence.append(kl(log_softmax(reference[here, :-1].astype(np.float64)), q))
-                done += len(x)
-            return {"perplexity": float(np.exp(np.concatenate(nll).mean())), "kl": float(np.concatenate(divergence).mean())}
+            nll, divergence = [], []
+            rows = (row for batch in batches(session(path, exact=True, threads=self.args.threads), ids) for row in batch)
+            # Row by row, which the processor's caches hold.
+            for i, x in enumerate(rows):
+                p, q = log_softmax(reference[i, :-1].astype(np.float64)), log_softmax(x[:-1])
+                nll.append(surprise(q[None], ids[i : i + 1]).mean())
+                divergence.append(kl(p, q).mean())
+            return {"perplexity": float(np.exp(np.mean(nll))), "kl": float(np.mean(divergence))}
 
         return self.work.result(self.work.path("quality", *key, digest(self.form(model, "exported"))), make)
 
@@ -271,7 +272,7 @@ class Bench:
         key = [digest(self.args.qcc), digest(source), digest(calib), rows, passes, flags]
         out = self.work.path("qcc", *key).with_suffix(".onnx")
         command = [self.args.qcc, source, "--pass", f"{passes},pack-int4", "--profile", "ort-cpu-exact", "-o", out]
-        command += ["--quiet", "--calib", calib, "--calib-samples", str(rows), "--threads", "2", *flags]
+        command += ["--quiet", "--calib", calib, "--calib-samples", str(rows), "--threads", str(self.args.threads), *flags]
         return out, self.quantized(key, command, out)
 
     def pipeline(self, model, width, pipeline):
@@ -298,9 +299,9 @@ class Bench:
         files = [HERE / f"rivals-{tool}.txt", source, calib]
         key = [rival.method, *map(digest, files), *options]
         out = self.work.path("rival", *key).with_suffix(".onnx")
-        script = HERE / "rivals.py"
-        command = [python, script, rival.method, source, out, "--calib", calib, *map(str, options)]
-        env = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "PATH": "/usr/bin:/bin"}
+        script, threads = HERE / "rivals.py", str(self.args.threads)
+        command = [python, script, rival.method, source, out, "--calib", calib, *map(str, options), "--threads", threads]
+        env = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PATH": "/usr/bin:/bin"}
         return out, self.quantized(key, command, out, env)
 
     def row(self, model, width, label, form, made):
@@ -322,7 +323,7 @@ class Bench:
 
     def quality(self, model):
         """All methods at all widths of a model."""
-        for form in THREE:
+        for form in self.args.form or THREE:
             scores = self.evaluated(self.form(model, form), model)
             if abs(scores["perplexity"] - model.perplexity) > 1e-3:
                 sys.exit(f"{model.name}, {form}: perplexity {scores['perplexity']:.4f}, expected {model.perplexity}")
@@ -330,7 +331,7 @@ class Bench:
             for pipeline in PIPELINES:
                 yield self.pipeline(model, width, pipeline)
             for rival in RIVALS:
-                for form in rival.forms:
+                for form in [f for f in rival.forms if not self.args.form or f in self.args.form]:
                     made = functools.partial(self.rival, model, rival, form, width)
                     yield self.row(model, width, rival.label, form, made)
 
@@ -444,8 +445,10 @@ def main():
     parser.add_argument("--only", choices=["quality", "mixed", "time", "memory"], default="quality")
     parser.add_argument("--model", action="append", help="only this model; may be given more than once")
     parser.add_argument("--width", action="append", choices=WIDTHS, help="only this width")
+    parser.add_argument("--form", action="append", choices=FORMS, help="give the rivals only this form of the models")
     parser.add_argument("--skip", action="append", default=[], help="methods to leave out, such as 'onnxsim*'")
     parser.add_argument("--rows", type=int, default=128, help="rows of 2,048 tokens of --only memory")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which a method is given up")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all rows")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")

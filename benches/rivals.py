@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Quantizes a model with a rival of qcc: run by quality.py, in an environment that holds that rival.
 
-    rivals.py METHOD IN OUT [--bits 4] [--group 32] [--symmetric] [--calib FILE] [--rows 64] [--options JSON]
+    rivals.py METHOD IN OUT [--bits 4] [--group 32] [--symmetric] [--calib FILE] [--rows 64] [--threads 2]
+              [--options JSON]
 
 Calibration data is token ids (.npy, int64 [rows, tokens]) or the inputs themselves (.npz), fed 8 rows at a time. Prints
 the seconds of loading, quantizing and saving as JSON; imports are excluded. A rival that fails ends with its own error.
@@ -165,6 +166,18 @@ METHODS = {
 MODULES = {"ort": "onnxruntime.quantization", "onnxsim": "onnxsim", "onc": "onnx_neural_compressor.quantization"}
 
 
+def limit(threads):
+    """Sessions of ONNX Runtime take this many threads, whoever makes them."""
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.intra_op_num_threads = threads
+
+    onnxruntime.SessionOptions = Options
+
+
 def need(condition, why):
     if not condition:
         raise SystemExit(why)
@@ -180,9 +193,11 @@ def main():
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--calib")
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--options", type=json.loads, default={})
     args = parser.parse_args()
     __import__(MODULES[args.method.split("-")[0]])
+    limit(args.threads)
     logging.disable(logging.INFO)
     start = time.perf_counter()
     model = METHODS[args.method](args, onnx.load(args.input))

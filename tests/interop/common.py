@@ -36,10 +36,12 @@ def scores(*args):
     return json.loads(qcc("eval", *args, "--json"))
 
 
-def session(path, exact=False):
-    """With `exact`, what ONNX Runtime fuses from DequantizeLinear and MatMul keeps float activations (accuracy_level 0)."""
+def session(path, exact=False, threads=0):
+    """With `exact`, what ONNX Runtime fuses from DequantizeLinear and MatMul keeps float activations (accuracy_level 0).
+    With `threads` 0 it takes one for each core."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
