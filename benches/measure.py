@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Run:
-    """A finished command: its exit status and output, wall and CPU seconds, and the peak of its anonymous memory in bytes."""
+    """A finished command: exit status, output, wall and CPU seconds, and the peak of its anonymous memory in bytes."""
 
     status: int
     out: str

@@ -62,7 +62,7 @@ ALL = tuple(WIDTHS)
 MODELS = [
     Model("wikilm", "wikilm", "model.onnx.xz", 64, 64, 47.0549, ALL),
     Model("stories260k", "stories260k", "dynamo_sdpa_op18.onnx", 64, 128, 4.7172, ("4g32",)),
-    Model("wikilm with outlier channels", "wikilm", "model.onnx.xz", 64, 64, 47.0549, ("4g32", "3g32"), variants.outliers),
+    Model("wikilm, outliers", "wikilm", "model.onnx.xz", 64, 64, 47.0549, ("4g32", "3g32"), variants.outliers),
 ]
 
 # Pipelines of qcc, and further flags behind a space. `@` stands for a width's options, such as bits=4,group=32.
@@ -102,8 +102,8 @@ class Rival:
     forms: tuple = ("plain",)
 
 
-# They leave a head behind a Transpose alone, and onnxsim all of a model older than opset 21. Where every weight is the
-# constant operand of a product, bytes and quality compare; some are measured on the other forms too, to show the difference.
+# They leave a head behind a Transpose alone, and onnxsim all of a model older than opset 21. Bytes and quality compare
+# where every weight is the constant operand of a product; some are measured on the other forms too, to show what is lost.
 BOTH, THREE = ("exported", "plain"), ("exported", "raised", "plain")
 RIVALS = [
     Rival("ONNX Runtime RTN, symmetric", "ort-rtn", symmetric=True, forms=BOTH),
@@ -228,9 +228,9 @@ class Bench:
         def make():
             ids, reference = self.rows(model), self.logits(model)
             nll, divergence = [], []
-            rows = (row for batch in batches(session(path, exact=True, threads=self.args.threads), ids) for row in batch)
+            s = session(path, exact=True, threads=self.args.threads)
             # Row by row, which the processor's caches hold.
-            for i, x in enumerate(rows):
+            for i, x in enumerate(row for batch in batches(s, ids) for row in batch):
                 p, q = log_softmax(reference[i, :-1].astype(np.float64)), log_softmax(x[:-1])
                 nll.append(surprise(q[None], ids[i : i + 1]).mean())
                 divergence.append(kl(p, q).mean())
@@ -269,10 +269,11 @@ class Bench:
 
     def qcc(self, passes, flags, source, calib, rows):
         """The file that qcc makes, and what that took."""
+        threads = str(self.args.threads)
         key = [digest(self.args.qcc), digest(source), digest(calib), rows, passes, flags]
         out = self.work.path("qcc", *key).with_suffix(".onnx")
         command = [self.args.qcc, source, "--pass", f"{passes},pack-int4", "--profile", "ort-cpu-exact", "-o", out]
-        command += ["--quiet", "--calib", calib, "--calib-samples", str(rows), "--threads", str(self.args.threads), *flags]
+        command += ["--quiet", "--calib", calib, "--calib-samples", str(rows), "--threads", threads, *flags]
         return out, self.quantized(key, command, out)
 
     def pipeline(self, model, width, pipeline):
@@ -300,7 +301,8 @@ class Bench:
         key = [rival.method, *map(digest, files), *options]
         out = self.work.path("rival", *key).with_suffix(".onnx")
         script, threads = HERE / "rivals.py", str(self.args.threads)
-        command = [python, script, rival.method, source, out, "--calib", calib, *map(str, options), "--threads", threads]
+        options += ["--calib", calib, "--threads", threads]
+        command = [python, script, rival.method, source, out, *map(str, options)]
         env = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PATH": "/usr/bin:/bin"}
         return out, self.quantized(key, command, out, env)
 
@@ -372,8 +374,8 @@ class Bench:
             if not error:
                 got = session(out, exact=True).run(None, x)[0]
                 error = f"{np.linalg.norm(got - y) / np.linalg.norm(y):.4%}"
-            numbers = [f"{run.get('seconds') or 0:.2f}", f"{run.get('cpu') or 0:.1f}", f"{(run.get('peak') or 0) / 1e6:.0f}"]
-            print("|", " | ".join([label, *numbers, error]), "|", flush=True)
+            seconds, cpu, peak = (run.get(k) or 0 for k in ("seconds", "cpu", "peak"))
+            print(f"| {label} | {seconds:.2f} | {cpu:.1f} | {peak / 1e6:.0f} | {error} |", flush=True)
             yield {"model": "layer", "label": label, **run, "output_error": error}
 
     def timed(self, model, data, rows):
@@ -406,7 +408,9 @@ def reason(text):
 
 
 FORMS = {"exported": "as exported", "raised": "opset 21", "plain": "plain head"}
-HEAD = "| method | model | quantized | perplexity | KL | of rtn's | MB | unused MB | bits/weight: file | layers | s | peak MB |"
+HEAD = (
+    "| method | model | quantized | perplexity | KL | of rtn's | MB | unused MB | bits/weight: file | layers | s | peak MB |"
+)
 
 
 def table(rows):
@@ -441,7 +445,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=pathlib.Path, required=True, help="folder of wikilm/ and stories260k/")
     parser.add_argument("--qcc", type=pathlib.Path, default=root / "target/release/qcc")
-    parser.add_argument("--work", type=pathlib.Path, default=root / "target/quality", help="folder for files and results")
+    parser.add_argument("--work", type=pathlib.Path, default=root / "target/quality", help="where to keep results")
     parser.add_argument("--only", choices=["quality", "mixed", "time", "memory"], default="quality")
     parser.add_argument("--model", action="append", help="only this model; may be given more than once")
     parser.add_argument("--width", action="append", choices=WIDTHS, help="only this width")

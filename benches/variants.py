@@ -9,7 +9,7 @@ OPSET = 21
 
 
 def bare(model):
-    """Without the exporter's notes, which some quantizers keep and some drop: they would outweigh the codes of a small model."""
+    """Without the exporter's notes, which would outweigh the codes of a small model; some quantizers drop them."""
     for part in [model.graph, *model.graph.node, *model.graph.value_info]:
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
@@ -40,9 +40,9 @@ def plain(model):
 def outliers(model, channels=6, factors=(32.0, 64.0), seed=0):
     """The same function with outliers in the activations, as large language models have them.
 
-    Some channels of every RMSNorm's gain are multiplied, and the rows of the products after it divided. The factors are powers
-    of two, so that not even the rounding of the float model changes. A norm whose products share their weight with an
-    embedding stays as it is.
+    Some channels of every RMSNorm's gain are multiplied, and the rows of the products after it divided. The factors are
+    powers of two, so that not even the rounding of the float model changes. A norm whose products share their weight with
+    an embedding stays as it is.
     """
     graph = model.graph
     tensors = {t.name: t for t in graph.initializer}
@@ -81,8 +81,10 @@ def layer(size, rows, rank=256):
 
 
 def wide(inner, out, rows, tokens, width=32, vocabulary=256):
-    """A product of `inner` x `out`, the weight "wide", whose inputs a small part of the graph makes from few bytes: two tokens
-    a position, embedded and led through a gated product. Inputs are int64 [rows, tokens, 2]."""
+    """A product of `inner` x `out`, the weight "wide", whose inputs a small part of the graph makes from few bytes.
+
+    Each position has two tokens, embedded and led through a gated product. Inputs are int64 [rows, tokens, 2].
+    """
     rng = np.random.default_rng(2)
 
     def normal(name, rows, columns):
