@@ -5,12 +5,12 @@ Runtime, and how large their files are.
     quality.py --models DIR [--qcc target/release/qcc] [--only quality|mixed|time|memory] [--model NAME] [--width 4g32]
                [--skip PATTERN] [--work DIR] [--json FILE] [--fresh]
 
-Quality: perplexity, and the KL divergence from the float model (mean over the predicting positions, in nats), both of a
-float64 log-softmax over ONNX Runtime's logits with float activations (accuracy_level 0). Calibration and evaluation data
-are the rows that MODELS names. Bits per weight are bytes x 8 / weights of all linear layers, once for the whole file and
-once for what the layers' weights are made from: codes, scales, zero points, and floats where a layer was left alone.
-Seconds: of the process for qcc, of loading, quantizing and saving for the rivals, whose imports are excluded. Memory: the
-peak of anonymous memory of the process.
+Quality: perplexity, and the KL divergence from the float model (mean over the predicting positions, in nats), both of
+a float64 log-softmax over ONNX Runtime's logits with float activations (accuracy_level 0). Calibration and evaluation
+data are the rows that MODELS names. Bits per weight are bytes x 8 / weights of all linear layers, once for the whole
+file and once for what the layers' weights are made from: codes, scales, zero points, and floats where a layer was left
+alone. Seconds: of the process for qcc, of loading, quantizing and saving for the rivals, whose imports are excluded.
+Memory: the peak of anonymous memory of the process.
 
 DIR holds wikilm/ and stories260k/. Each rival runs in an environment of its own, made from rivals-*.txt. What cannot be
 made or fails has a row that says why. Results are kept in --work by the content of program, model, data and options, so
@@ -93,7 +93,7 @@ WIDE = ["rtn{only=[wide]}", "awq{only=[wide]}", "gptq{only=[wide]}"]
 
 @dataclass(frozen=True)
 class Rival:
-    """A method of a rival. `forms` are those of the model that it is given: as exported, raised to opset 21, or plain."""
+    """A method of a rival. `forms` of the model that it is given: as exported, raised to opset 21, or plain."""
 
     label: str
     method: str
@@ -103,7 +103,7 @@ class Rival:
 
 
 # They leave a head behind a Transpose alone, and onnxsim all of a model older than opset 21. Bytes and quality compare
-# where every weight is the constant operand of a product; some are measured on the other forms too, to show what is lost.
+# where every weight is the constant operand of a product; some are measured on the other forms too, to show the loss.
 BOTH, THREE = ("exported", "plain"), ("exported", "raised", "plain")
 RIVALS = [
     Rival("ONNX Runtime RTN, symmetric", "ort-rtn", symmetric=True, forms=BOTH),
@@ -399,12 +399,13 @@ class Bench:
 
 
 def reason(text):
-    """The line of an error message that says what is wrong."""
-    lines = [line.strip(" ×│") for line in text.splitlines()]
-    lines = [line for line in lines if line and "Progress:" not in line] or ["no message"]
+    """What an error message says is wrong, on one line: qcc's up to its picture, else the line that names an error."""
+    if "×" in text:
+        said = re.split(r"╭|help:", text.split("×", 1)[1])[0]
+        return " ".join(said.replace("│", " ").split())[:200]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "Progress:" not in line] or ["no message"]
     named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
-    first = lines[0] if "×" in text else (named or lines)[-1]
-    return first.replace("|", "/")[:200]
+    return (named or lines)[-1].replace("|", "/")[:200]
 
 
 FORMS = {"exported": "as exported", "raised": "opset 21", "plain": "plain head"}
