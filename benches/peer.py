@@ -5,7 +5,7 @@
 
 Quantize: wall time from process start to the finished file for qcc (rtn,pack-int4, asymmetric, group 32); load,
 quantize and save for ONNX Runtime's MatMulNBitsQuantizer in a process of its own, the imports of Python excluded; `cp`
-of the model for scale. Memory: the peak of anonymous memory over the process, sampled from smaps_rollup.
+of the model for scale. Memory: the peak of anonymous memory over the process, sampled.
 Latency: ONNX Runtime on the float model, on qcc's file and on its own quantizer's. Best of --runs everywhere.
 Interpreter (with --lm): the float model on 8 x 256 tokens with 2 threads, by qcc's interpreter and by ONNX Runtime, each in
 a process of its own, turn by turn; the median of 5 runs, and the peak of resident memory (Python's included).
@@ -18,8 +18,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+
+from measure import measured
 
 ORT_CHILD = """
 import json, sys, time
@@ -52,38 +53,12 @@ print(json.dumps({"seconds": sorted(times[1:])[2]}))
 """
 
 
-def anonymous(pid):
-    """Anonymous bytes of a process now: private memory that no file backs."""
-    try:
-        with open(f"/proc/{pid}/smaps_rollup") as f:
-            return next((int(line.split()[1]) * 1024 for line in f if line.startswith("Anonymous:")), 0)
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return 0
-
-
-def measured(command, memory=False):
-    """Runs a command: its output, wall seconds, and with `memory` the peak of its anonymous memory.
-
-    Sampling walks every page of the process under its lock, which slows it down: time and memory want runs of their own.
-    """
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak, ended = 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while memory and not ended.wait(0.005):
-            peak = max(peak, anonymous(process.pid))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    out, err = process.communicate()
-    seconds = time.perf_counter() - start
-    ended.set()
-    watcher.join()
-    if process.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\n{err}")
-    return out, seconds, peak
+def run(command):
+    """Runs a command that must succeed: its output, wall seconds, and the peak of its anonymous memory."""
+    r = measured(command)
+    if r.status:
+        sys.exit(f"{' '.join(map(str, command))}\n{r.err}")
+    return r.out, r.seconds, r.peak
 
 
 def best(runs, measure):
@@ -106,30 +81,28 @@ def quantize(args, work):
 
     def cp():
         remove(copy)
-        return measured(["cp", model, copy])
+        return run(["cp", model, copy])
 
-    def qcc(memory=False):
+    def qcc():
         remove(ours)
-        return measured([args.qcc, model, "--pass", "rtn,pack-int4", "-o", ours, "--quiet"], memory)
+        return run([args.qcc, model, "--pass", "rtn,pack-int4", "-o", ours, "--quiet"])
 
-    def ort(memory=False):
+    def ort():
         remove(theirs)
-        out, _, peak = measured([sys.executable, "-c", ORT_CHILD, model, theirs], memory)
+        out, _, peak = run([sys.executable, "-c", ORT_CHILD, model, theirs])
         times = json.loads(out.splitlines()[-1])
         return times, times["total"], peak
 
     cp()  # warms the page cache
     _, t_cp, _ = best(args.runs, cp)
     remove(copy)
-    times, t_ort, _ = best(args.runs, ort)
-    m_ort = ort(memory=True)[2]
+    times, t_ort, m_ort = best(args.runs, ort)
     print(f"model                 {size / 2**30:.2f} GiB")
     print(f"cp                    {t_cp:.2f} s")
     steps = ", ".join(f"{k} {v:.2f}" for k, v in times.items() if k != "total")
     print(f"ONNX Runtime          {t_ort:.2f} s ({steps}), {m_ort / 1e6:.0f} MB anonymous")
     if args.qcc.exists():
-        _, t_qcc, _ = best(args.runs, qcc)
-        m_qcc = qcc(memory=True)[2]
+        _, t_qcc, m_qcc = best(args.runs, qcc)
         print(f"qcc                   {t_qcc:.2f} s, {m_qcc / 1e6:.0f} MB anonymous, {size / t_qcc / 1e9:.2f} GB/s")
         print(f"qcc / cp              {t_qcc / t_cp:.2f}")
         print(f"ONNX Runtime / qcc    {t_ort / t_qcc:.2f}")
@@ -146,10 +119,10 @@ def latency(args, model, work, feeds):
 
     files = {"fp32": model}
     ours, theirs = work / "latency.qcc.onnx", work / "latency.ort.onnx"
-    measured([sys.executable, "-c", ORT_CHILD, model, theirs])
+    run([sys.executable, "-c", ORT_CHILD, model, theirs])
     files["ONNX Runtime's file"] = theirs
     if args.qcc.exists():
-        measured([args.qcc, model, "--pass", "rtn,pack-int4", "-o", ours, "--quiet"])
+        run([args.qcc, model, "--pass", "rtn,pack-int4", "-o", ours, "--quiet"])
         files["qcc's file"] = ours
     for feed in feeds:
         sessions, times = {}, {name: [] for name in files}

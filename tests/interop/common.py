@@ -36,22 +36,29 @@ def scores(*args):
     return json.loads(qcc("eval", *args, "--json"))
 
 
-def session(path):
+def session(path, exact=False, threads=0):
+    """With `exact`, what ONNX Runtime fuses from DequantizeLinear and MatMul keeps float activations (accuracy_level 0).
+    With `threads` 0 it takes one for each core."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def batches(s, ids, batch=8):
+    """A session's logits in float64, [rows, len, vocabulary], for some rows at a time."""
+    names = {i.name for i in s.get_inputs()}
+    for i in range(0, len(ids), batch):
+        x = ids[i : i + batch]
+        feed = {"input_ids": x, "attention_mask": np.ones_like(x)}
+        yield s.run(["logits"], {k: v for k, v in feed.items() if k in names})[0].astype(np.float64)
 
 
 def logits(path, ids, batch=8):
     """ONNX Runtime's logits in float64, [rows, len, vocabulary]."""
-    s = session(path)
-    names = {i.name for i in s.get_inputs()}
-
-    def run(x):
-        feed = {"input_ids": x, "attention_mask": np.ones_like(x)}
-        return s.run(["logits"], {k: v for k, v in feed.items() if k in names})[0]
-
-    return np.concatenate([run(ids[i : i + batch]) for i in range(0, len(ids), batch)]).astype(np.float64)
+    return np.concatenate(list(batches(session(path), ids, batch)))
 
 
 def log_softmax(x):
@@ -59,16 +66,24 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
+def surprise(p, ids):
+    """Minus the log-probability of every next token, given the log-probabilities of all but the last position."""
+    return -np.take_along_axis(p, ids[:, 1:, None], -1)[..., 0]
+
+
+def kl(p, q):
+    """KL(p || q) at every position, of log-probabilities."""
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
 def perplexity(x, ids):
     """Over all next-token positions of each row."""
-    nll = -np.take_along_axis(log_softmax(x[:, :-1]), ids[:, 1:, None], -1)
-    return float(np.exp(nll.mean()))
+    return float(np.exp(surprise(log_softmax(x[:, :-1]), ids).mean()))
 
 
 def divergence(p, q):
     """Mean over the predicting positions of KL(p || q)."""
-    p, q = log_softmax(p[:, :-1]), log_softmax(q[:, :-1])
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+    return float(kl(log_softmax(p[:, :-1]), log_softmax(q[:, :-1])).mean())
 
 
 def top1(x, ids):
