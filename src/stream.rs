@@ -178,6 +178,7 @@ mod tests {
             term,
             scratch: std::env::temp_dir(),
             calibration: Some(calibration),
+            output: None,
             baseline: None,
             store: None,
             originals: None,

@@ -6,6 +6,9 @@ use crate::gram::quadratic_of;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+/// Outputs whose errors are measured, at most: what more would add to the ratio is less than what it costs.
+pub const OUTPUTS: usize = 1024;
+
 /// Errors after one step of a method.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepErrors {
@@ -13,7 +16,7 @@ pub struct StepErrors {
     pub step: String,
     /// |W - Q| / |W|, Frobenius, if the method ended here.
     pub weight_error: f64,
-    /// |XW - XQ| / |XW| on the calibration data; `None` without.
+    /// |XW - XQ| / |XW| on the calibration data, of at most [`OUTPUTS`] outputs, evenly spaced; `None` without data.
     pub output_error: Option<f64>,
 }
 
@@ -55,6 +58,16 @@ impl WeightErrors {
     }
 }
 
+/// [`quadratic_of`] of at most [`OUTPUTS`] of `n` rows; `fill` writes one.
+fn cost(n: usize, k: usize, gram: &[f32], fill: impl Fn(usize, &mut [f32]) + Sync) -> f64 {
+    let taken = n.min(OUTPUTS);
+    quadratic_of(taken, k, gram, |from, out| {
+        for (i, row) in out.chunks_exact_mut(k.max(1)).enumerate() {
+            fill((from + i) * n / taken, row);
+        }
+    })
+}
+
 /// Judges what stands for a weight after each step of a method.
 pub struct Judge<'a> {
     w: &'a [f32],
@@ -69,22 +82,19 @@ pub struct Judge<'a> {
 impl<'a> Judge<'a> {
     /// Of the weight `w`, `[N, K]` row-major. `gram` is the Gram matrix `[K, K]` of its inputs, where there is one.
     pub fn new(w: &'a [f32], n: usize, k: usize, gram: Option<&'a [f32]>) -> Judge<'a> {
-        let own = |g: &'a [f32]| {
-            let fill = |from: usize, out: &mut [f32]| out.copy_from_slice(&w[from * k..][..out.len()]);
-            (g, quadratic_of(n, k, g, fill))
-        };
+        let own = |g: &'a [f32]| (g, cost(n, k, g, |at, out| out.copy_from_slice(&w[at * k..][..k])));
         Judge { w, n, k, gram: gram.map(own), last: WeightErrors::default(), steps: Vec::new() }
     }
 
     /// Notes what it costs when `q`, `[N, K]`, stands for the weight after this step.
     pub fn step(&mut self, step: &str, q: &[f32]) {
         let k = self.k;
-        let off = |from: usize, out: &mut [f32]| {
-            let at = from * k;
-            out.iter_mut().enumerate().for_each(|(i, e)| *e = q[at + i] - self.w[at + i]);
+        let off = |at: usize, out: &mut [f32]| {
+            let rows = q[at * k..][..k].iter().zip(&self.w[at * k..]);
+            out.iter_mut().zip(rows).for_each(|(e, (q, w))| *e = q - w);
         };
         let output_error = self.gram.and_then(|(gram, own)| {
-            let ratio = quadratic_of(self.n, k, gram, off).max(0.0) / own;
+            let ratio = cost(self.n, k, gram, off).max(0.0) / own;
             (own > 0.0 && ratio.is_finite()).then(|| ratio.sqrt())
         });
         self.last = WeightErrors::of(self.w, q, k);

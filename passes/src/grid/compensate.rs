@@ -188,7 +188,6 @@ impl<'a> Tile<'a> {
     /// One turn of the descent over all groups; whether anything moved.
     fn sweep(&mut self) -> bool {
         let (k, width, size) = (self.cost.k, self.width, self.spec.group_size);
-        let top = self.spec.max_code() as f32;
         let mut errors = vec![0f32; k * width];
         for i in 0..k {
             let g = i / size;
@@ -198,33 +197,59 @@ impl<'a> Tile<'a> {
                 errors[at] = (self.codes[at] - self.zeros[grid]) * self.scales[grid] - self.w[at];
             }
         }
-        let mut he = vec![0f32; size.min(k) * width];
-        let mut space = Space::default();
-        let mut x = Vec::new();
+        // Products with all of `H` are made for several groups at once, and brought up to date between them.
+        let wide = self.method.block.next_multiple_of(size).min(k);
+        let (mut he, mut part) = (vec![0f32; wide * width], vec![0f32; wide * width]);
+        let mut moves = vec![0f32; size.min(k) * width];
+        let h = Mat::new(&self.cost.h, k, k);
         let mut moved = false;
-        for g in 0..self.spec.groups(k) {
-            let (from, to) = (g * size, k.min((g + 1) * size));
-            let he = &mut he[..(to - from) * width];
-            gemm::tile(Mat::new(&self.cost.h, k, k).rows(from, to), Mat::new(&errors, k, width), he);
-            let own = &errors[from * width..to * width];
+        let mut work = Work::default();
+        for start in (0..k).step_by(wide) {
+            let end = k.min(start + wide);
+            let he = &mut he[..(end - start) * width];
+            gemm::tile(h.rows(start, end), Mat::new(&errors, k, width), he);
+            let own = &errors[start * width..end * width];
             he.iter_mut().zip(own).for_each(|(he, e)| *he += self.cost.damp * e);
-            space.resize(to - from);
-            x.resize(to - from, [0f32; LANES]);
-            for lane in (0..width).step_by(LANES) {
-                load(&self.w[from * width..to * width], width, lane, &mut x);
-                load(&self.codes[from * width..to * width], width, lane, &mut space.codes);
-                load(he, width, lane, &mut space.ge);
-                let lanes = |v: &[f32]| -> Lanes { std::array::from_fn(|l| v[g * width + lane + l]) };
-                let mut grid = Grid { scale: lanes(&self.scales), zero: lanes(&self.zeros) };
-                let before = space.codes.clone();
-                clip::descend(&self.blocks[g], &grid, top, &mut space);
-                clip::refit(self.spec, &self.blocks[g], &mut grid, &mut space);
-                moved |= before != space.codes;
-                clip::errors(&x, &space.codes, &grid, &mut space.error);
-                self.scales[g * width + lane..][..LANES].copy_from_slice(&grid.scale);
-                store(&space.codes, width, lane, &mut self.codes[from * width..to * width]);
-                store(&space.error, width, lane, &mut errors[from * width..to * width]);
+            for from in (start..end).step_by(size) {
+                let to = end.min(from + size);
+                let moves = &mut moves[..(to - from) * width];
+                moves.copy_from_slice(&errors[from * width..to * width]);
+                let (known, later) = he[(from - start) * width..].split_at_mut((to - from) * width);
+                moved |= self.settle(from / size, known, &mut errors[from * width..to * width], &mut work);
+                let now = &errors[from * width..to * width];
+                moves.iter_mut().zip(now).for_each(|(m, e)| *m = e - *m);
+                let part = &mut part[..later.len()];
+                gemm::tile(h.rows(to, end).cols(from, to), Mat::new(moves, to - from, width), part);
+                later.iter_mut().zip(part).for_each(|(l, p)| *l += *p);
             }
+        }
+        moved
+    }
+
+    /// Moves the codes and the scales of group `g` to where the cost is least, given `he`, `H e` of the group, and brings
+    /// its errors up to date. Whether a code moved.
+    fn settle(&mut self, g: usize, he: &[f32], errors: &mut [f32], work: &mut Work) -> bool {
+        let (k, width, size) = (self.cost.k, self.width, self.spec.group_size);
+        let top = self.spec.max_code() as f32;
+        let (from, to) = (g * size, k.min((g + 1) * size));
+        let Work { space, x, before } = work;
+        space.resize(to - from);
+        x.resize(to - from, [0f32; LANES]);
+        let mut moved = false;
+        for lane in (0..width).step_by(LANES) {
+            load(&self.w[from * width..to * width], width, lane, x);
+            load(&self.codes[from * width..to * width], width, lane, &mut space.codes);
+            load(he, width, lane, &mut space.ge);
+            let lanes = |v: &[f32]| -> Lanes { std::array::from_fn(|l| v[g * width + lane + l]) };
+            let mut grid = Grid { scale: lanes(&self.scales), zero: lanes(&self.zeros) };
+            before.clone_from(&space.codes);
+            clip::descend(&self.blocks[g], &grid, top, space);
+            clip::refit(self.spec, &self.blocks[g], &mut grid, space);
+            moved |= *before != space.codes;
+            clip::errors(x, &space.codes, &grid, &mut space.error);
+            self.scales[g * width + lane..][..LANES].copy_from_slice(&grid.scale);
+            store(&space.codes, width, lane, &mut self.codes[from * width..to * width]);
+            store(&space.error, width, lane, errors);
         }
         moved
     }
@@ -239,6 +264,14 @@ impl<'a> Tile<'a> {
             }
         }
     }
+}
+
+/// Working space for sixteen outputs of a group.
+#[derive(Default)]
+struct Work {
+    space: Space,
+    x: Vec<Lanes>,
+    before: Vec<Lanes>,
 }
 
 /// Sixteen outputs of `[rows, width]`.
