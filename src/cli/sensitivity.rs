@@ -304,15 +304,11 @@ fn change(d: &Distance) -> String {
 }
 
 fn recommendation(w: &Measured) -> String {
-    let form = &w.recommended;
-    match form.form.as_str() {
+    let more = || bytes(w.recommended.bytes.saturating_sub(w.bytes_quantized));
+    match w.recommended.form.as_str() {
         "default" => "default".into(),
-        "float" => format!("keep float: {} more", bytes(form.bytes.saturating_sub(w.bytes_quantized))),
-        name => format!(
-            "{name}: {} of its KL for {}",
-            percent(1.0 - form.kl / w.alone.kl),
-            bytes(form.bytes.saturating_sub(w.bytes_quantized))
-        ),
+        "float" => format!("keep float, {} more", more()),
+        form => format!("{form}, {} more", more()),
     }
 }
 

@@ -179,7 +179,7 @@ fn text(found: &Found, with: &Measuring) -> String {
     let last = if found.baseline_perplexity.is_some() { ">perplexity" } else { ">error" };
     let mut header = vec!["method", ">bits", ">group", "symmetric"];
     header.extend(clipped.then_some("clip"));
-    header.extend([">bytes", ">bits/weight", ">RMSE", ">KL", last, "frontier"]);
+    header.extend([">bytes", ">bits/weight", ">RMSE", ">KL", last, "best"]);
     let mut t = Table::new(&header);
     for point in &found.points {
         let or_none = |v: Option<String>| v.unwrap_or_else(|| "-".into());
@@ -209,7 +209,7 @@ fn text(found: &Found, with: &Measuring) -> String {
     p.line(&mut out, &format!("float: {float}{}", bytes(found.bytes_float)));
     p.line(
         &mut out,
-        &format!("measured on {}; * no other has less divergence for as few bytes", found.measured_on),
+        &format!("measured on {}; best: no other has less divergence for as few bytes", found.measured_on),
     );
     out
 }
