@@ -151,3 +151,15 @@ fn perplexity_stays_within() {
     assert!(growth <= 0.03, "{growth}");
     assert!(mix["measured_recipes"].as_u64().unwrap() > 2);
 }
+
+#[test]
+fn a_weight_of_f16_is_no_weight_that_stays_float() {
+    let report = ok(&[MODEL, "--pass", "f16-weights", "--dry-run", "--json"]);
+    let report: Json = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["weights"].as_array().unwrap().len(), 29);
+    assert_eq!(report["totals"]["bits_per_weight"], 16.0);
+    // The embedding.
+    let float = report["float"].as_array().unwrap();
+    assert_eq!(float.len(), 1);
+    assert_eq!(float[0]["op"], "onnx.Gather");
+}

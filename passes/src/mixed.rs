@@ -76,7 +76,8 @@ pub enum Measure {
     /// The model runs with each layer quantized alone, for each choice.
     #[default]
     Kl,
-    /// The model runs for each choice alone; layers share what that costs by the errors of their outputs.
+    /// The model runs for each choice alone; layers share what that costs by the errors of their outputs. Fast, and
+    /// rough: it does not know which layers the output depends on.
     Gram,
 }
 

@@ -93,7 +93,8 @@ fn draw(mix: &Mix, backend: SVGBackend) -> Result<(), Box<dyn std::error::Error>
     let open = Circle::new(predicted, 7, TAKEN.stroke_width(2));
     legend(chart.draw_series([open])?, "taken, predicted (open) and measured (filled)", TAKEN);
     chart.draw_series(measured.map(|p| Circle::new(p, 5, TAKEN.filled())))?;
-    chart.configure_series_labels().border_style(UNIFORM).background_style(WHITE).draw()?;
+    let labels = &mut chart.configure_series_labels();
+    labels.position(SeriesLabelPosition::UpperRight).border_style(UNIFORM).background_style(WHITE).draw()?;
     area.present()?;
     Ok(())
 }

@@ -107,7 +107,8 @@ pub fn float(m: &Module, pipeline: &Pipeline, report: &Report) -> Vec<Float> {
         let (shape, bytes) = size(m, weight);
         let name = m.value_label(weight);
         // Stored in fewer bits, but float: it stands among the quantized weights.
-        if report.weights.iter().any(|w| w.bits >= 16 && w.weight == name && *w.node == *data.loc) {
+        let stored = |w: &WeightReport| name.strip_prefix(&*w.weight).is_some_and(|s| s.starts_with(".f16"));
+        if report.weights.iter().any(|w| w.bits >= 16 && stored(w)) {
             return None;
         }
         let said = report.left.iter().find(|l| l.node == data.loc && l.op == data.name.as_str());

@@ -5,7 +5,7 @@ use super::choice::Choice;
 use super::costs::Table;
 use super::finish::{Trial, finished};
 use super::report::{Cost, LayerCosts, Mix, Points, Taken, Uniform, bytes};
-use super::solver::{self, Frontier, Offer, Solution};
+use super::solver::{self, Frontier, Offer, Solution, Sum};
 use super::{Bits, Growth, Measure, NAME, Size, Solver};
 use crate::linear::Form;
 use crate::quantize::Shared;
@@ -120,7 +120,7 @@ impl<'a> Layers<'a> {
         let base = if of_file { self.base.unwrap_or(0) as i64 } else { 0 };
         let mut work = Work { layers: self, m, items: &items, frontier: &frontier, solver, measured: 0 };
         let (asked, taken, other) = match target {
-            Target::Bits(bits) => work.within_bits(bits)?,
+            Target::Bits(bits) => work.within_bits(cx, bits)?,
             Target::Size(size) => work.within_size(cx, size, base)?,
             Target::Growth(growth) => work.within_growth(cx, growth)?,
         };
@@ -198,7 +198,7 @@ impl Work<'_> {
         }
     }
 
-    fn within_bits(&mut self, bits: Bits) -> Result<Found, PassError> {
+    fn within_bits(&mut self, cx: &mut PassCx, bits: Bits) -> Result<Found, PassError> {
         let budget = (bits.0 * self.layers.elements as f64 / 8.0).floor();
         let budget = if budget < i64::MAX as f64 { budget as i64 } else { i64::MAX };
         let Some((taken, other)) = self.solve(budget) else {
@@ -208,7 +208,34 @@ impl Work<'_> {
             let why = format!("the smallest choices take {least} bits for each weight, found {bits}");
             return Err(PassError::Option { pass: NAME, option: "budget", why });
         };
+        let taken = self.or_uniform(cx, taken, budget)?;
         Ok((format!("budget={bits}"), taken, other))
+    }
+
+    /// What was predicted to be the best, unless a model with one choice for all layers, which was measured anyway, is
+    /// measured to be better.
+    fn or_uniform(&mut self, cx: &mut PassCx, taken: Solution, budget: i64) -> Result<Solution, PassError> {
+        let uniform = |id: usize| {
+            let offers = self.items.iter().map(|offers| offers.iter().find(|o| o.id == id));
+            let sum =
+                offers.collect::<Option<Vec<&Offer>>>()?.into_iter().fold(Sum::default(), |s, o| s.plus(o));
+            let kl = self.layers.uniform[id].filter(|_| sum.bytes <= budget)?;
+            Some((kl, id, Solution { sum, picks: vec![id; self.items.len()], exact: false }))
+        };
+        let all = (0..self.layers.choices.len()).filter_map(uniform);
+        let Some((kl, id, other)) = all.min_by(|a, b| a.0.total_cmp(&b.0)) else { return Ok(taken) };
+        self.measured += 1;
+        let measured = self.trial(cx, &taken, |m, cx, _| cx.env.distance(m))?.kl;
+        if measured <= kl {
+            return Ok(taken);
+        }
+        let choice = &self.layers.choices[id];
+        cx.report.warn(format!(
+            "mixed: the recipe of the best prediction, {:.6} nats, measures {measured:.6}; {choice} for all layers \
+             measures {kl:.6} and is taken instead",
+            taken.sum.cost
+        ));
+        Ok(other)
     }
 
     /// What files take is nearly the sum of what layers add. The rest is found out by making the file: as long as it is
@@ -326,7 +353,7 @@ impl Mix {
                 other.predicted, other.bits
             ));
         }
-        if !self.exact && self.solver == "dp" {
+        if !self.frontier.exact && !self.exact && self.solver == "dp" {
             out.push("mixed: there were more sums than fit in memory; a better recipe may exist".into());
         }
         out

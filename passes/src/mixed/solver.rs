@@ -27,7 +27,7 @@ pub struct Offer {
 pub type Items = [Vec<Offer>];
 
 /// Sums over all items.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sum {
     /// Bytes.
     pub bytes: i64,
@@ -132,7 +132,8 @@ pub fn smallest(items: &Items) -> i64 {
 }
 
 impl Sum {
-    fn plus(&self, c: &Offer) -> Sum {
+    /// With one more offer taken.
+    pub fn plus(&self, c: &Offer) -> Sum {
         Sum { bytes: self.bytes + c.bytes, cost: self.cost + c.cost }
     }
 }

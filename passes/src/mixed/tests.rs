@@ -16,6 +16,8 @@ const WORTH: [f64; 10] = [8.0, 1.0, 5.0, 2.0, 13.0, 0.5, 3.0, 21.0, 1.5, 6.0];
 #[derive(Default)]
 struct World {
     measured: AtomicUsize,
+    /// What weights of different bits do to each other, beyond what each does alone.
+    discord: f64,
 }
 
 /// What is left to a weight's bits.
@@ -40,13 +42,20 @@ fn kl(m: &Module) -> f64 {
     sum / 64.0
 }
 
+/// Whether all ten weights are quantized, but not alike.
+fn unlike(m: &Module) -> bool {
+    let bits = m.live_ops().into_iter().filter_map(|op| Some(QTensor::of(m, m.ops[op].operand(1)?)?.0.bits));
+    let bits: Vec<u32> = bits.collect();
+    bits.len() == 10 && bits.iter().any(|b| *b != bits[0])
+}
+
 impl Env for World {
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError> {
         NoData.calibrate(m, wanted, sink)
     }
     fn distance(&self, m: &Module) -> Result<Distance, PassError> {
         self.measured.fetch_add(1, Ordering::Relaxed);
-        let (kl, before) = (kl(m), 20.0);
+        let (kl, before) = (kl(m) + if unlike(m) { self.discord } else { 0.0 }, 20.0);
         let perplexity = Some(before * (1.0 + kl));
         Ok(Distance { kl, error: None, perplexity, baseline_perplexity: Some(before), positions: 64 })
     }
@@ -146,8 +155,8 @@ fn ten_layers_equal_brute_force() {
         let (mut m, world) = (model(false), World::default());
         let options = serde_json::json!({"budget": bits, "choices": CHOICES});
         let report = run(&mixed(options.clone()), &mut m, &world).unwrap();
-        // One measurement for each layer and choice, one for each choice, and the result.
-        assert_eq!(world.measured.into_inner(), 10 * 3 + 3 + 1);
+        // One measurement for each layer and choice, one for each choice, and the result before and after it is made.
+        assert_eq!(world.measured.into_inner(), 10 * 3 + 3 + 2);
         let budget = (bits * elements as f64 / 8.0) as u64;
         let mix = report.mix.unwrap();
         assert_eq!(mix.weights, elements);
@@ -165,6 +174,21 @@ fn ten_layers_equal_brute_force() {
         let again = run(&greedy_first, &mut model(false), &World::default()).unwrap().mix.unwrap();
         assert_eq!((again.taken.picks, again.other.unwrap().picks), (greedy.picks, mix.taken.picks));
     }
+}
+
+/// Where costs do not add up, a model with one choice for all layers may be better, and is known to be.
+#[test]
+fn a_wrong_prediction_is_not_taken() {
+    let (mut m, world) = (model(false), World { discord: 5.0, ..World::default() });
+    let report = run(&mixed(serde_json::json!({"budget": 7.5, "choices": CHOICES})), &mut m, &world).unwrap();
+    assert!(report.weights.iter().all(|w| w.bits == 4), "{:?}", report.weights);
+    assert!(
+        report.warnings.iter().any(|w| w.contains("4/16/rtn for all layers measures")),
+        "{:?}",
+        report.warnings
+    );
+    let mix = report.mix.unwrap();
+    assert!(mix.taken.bits <= 7.5 && !mix.exact && mix.taken.measured.unwrap().kl < 1.0);
 }
 
 #[test]
