@@ -250,7 +250,7 @@ pub trait Pass: Send + Sync {
     fn produces(&self) -> OpSet {
         OpSet::new()
     }
-    /// Whether it makes up for the errors of rounding. Passes before it that scale weights first, and have an option
+    /// Whether it rounds with more care than one weight at a time: it makes up for errors, or spreads a budget. Passes before it that scale weights first, and have an option
     /// `round`, then leave the rounding to it.
     fn compensates(&self) -> bool {
         false

@@ -124,6 +124,10 @@ impl Pass for Mixed {
         OpSet::from(["quant.dequantize", "onnx.Cast"])
     }
 
+    fn compensates(&self) -> bool {
+        true
+    }
+
     fn needs_calibration(&self) -> bool {
         self.recipe.as_ref().is_none_or(|r| r.needs_data(self.method))
     }

@@ -1,9 +1,11 @@
-//! Makes the choices: one run of a quantizing pass for all the weights that have one choice.
+//! Makes the choices: one run of a quantizing pass for all the weights that have one choice; `gptq`, which leads the data
+//! through what is quantized already, takes all of its weights in one run.
 
 use super::NAME;
 use super::choice::Choice;
+use crate::gptq::Gptq;
 use crate::quantize::{Shared, candidates};
-use crate::{Filter, PassCx, PassError, Report, WeightReport};
+use crate::{Filter, Pass, PassCx, PassError, Report, WeightReport};
 use dialects::ir::Module;
 
 /// Quantizes each of the weights as chosen; without a choice it stays float, for the reason given. `weights` are those
@@ -17,13 +19,23 @@ pub(super) fn apply(
     let first = cx.report.weights.len();
     let mut done: Vec<&Choice> = Vec::new();
     for choice in chosen.iter().flatten() {
-        if *choice == Choice::Float || done.contains(&choice) {
+        if *choice == Choice::Float || choice.gptq().is_some() || done.contains(&choice) {
             continue;
         }
         done.push(choice);
         let is = |i: &usize| chosen[*i].as_ref() == Ok(choice);
         let wanted: Vec<usize> = (0..weights.len()).filter(is).collect();
-        run(m, cx, weights, &wanted, choice)?;
+        run(m, cx, weights, &wanted, &choice.to_string(), |filter| choice.pass(filter))?;
+    }
+    let grid = |i: usize| chosen[i].as_ref().ok().and_then(Choice::gptq);
+    let wanted: Vec<usize> = (0..weights.len()).filter(|&i| grid(i).is_some()).collect();
+    if let Some(&one) = wanted.first() {
+        let each = wanted.iter().filter_map(|&i| Some((weights[i].label(m), grid(i)?))).collect();
+        let options = grid(one).unwrap_or_default();
+        let gptq = Gptq { each, options, ..Gptq::default() };
+        run(m, cx, weights, &wanted, "gptq", |filter| {
+            Ok(Some(Box::new(Gptq { filter: filter.clone(), ..gptq })))
+        })?;
     }
     for (w, choice) in weights.iter().zip(chosen) {
         let why = match choice {
@@ -45,12 +57,13 @@ fn run(
     cx: &mut PassCx,
     weights: &[Shared],
     wanted: &[usize],
-    choice: &Choice,
+    choice: &str,
+    pass: impl FnOnce(&Filter) -> Result<Option<Box<dyn Pass>>, String>,
 ) -> Result<(), PassError> {
     let labels: Vec<String> = wanted.iter().map(|&w| weights[w].label(m)).collect();
     let at = |i: usize, why: String| PassError::At { pass: NAME, what: labels[i].clone(), why };
     let filter = names(m, cx, weights, wanted).map_err(|why| at(0, why))?;
-    let Some(pass) = choice.pass(&filter).map_err(PassError::Env)? else { return Ok(()) };
+    let Some(pass) = pass(&filter).map_err(PassError::Env)? else { return Ok(()) };
     let from = cx.report.weights.len();
     match pass.run(m, cx) {
         Ok(_) | Err(PassError::Nothing { .. }) => {}

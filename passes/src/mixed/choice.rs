@@ -42,7 +42,9 @@ struct Known {
 /// choice for one layer the other's business.
 const METHODS: &[Known] = &[
     Known { name: "rtn", pass: "rtn", options: "{}" },
-    Known { name: "clip", pass: "awq", options: r#"{"grid": 0}"# },
+    Known { name: "clip", pass: "awq", options: r#"{"grid": 0, "clip": true}"# },
+    // One layer is measured at a time, in the float model.
+    Known { name: "gptq", pass: "gptq", options: r#"{"sequential": "off", "clip": true}"# },
 ];
 
 impl Default for Method {
@@ -52,6 +54,11 @@ impl Default for Method {
 }
 
 impl Method {
+    /// Whether it is `gptq`.
+    pub fn is_gptq(&self) -> bool {
+        self.0.pass == "gptq"
+    }
+
     /// Whether it looks at calibration data.
     pub fn needs_data(&self) -> bool {
         self.0.pass != "rtn"
@@ -89,6 +96,16 @@ impl Choice {
                 Choice::Codes { grid: grid.clone(), method: Some(method.unwrap_or(default)) }
             }
             other => other.clone(),
+        }
+    }
+
+    /// The grid that gptq is to round on, where that is the method.
+    pub(super) fn gptq(&self) -> Option<GridOptions> {
+        match self {
+            Choice::Codes { grid, method: Some(method) } if method.is_gptq() => {
+                Some(GridOptions { clip: true, ..grid.clone() })
+            }
+            _ => None,
         }
     }
 

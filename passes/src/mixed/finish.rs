@@ -3,7 +3,8 @@
 
 use crate::pack_int4::PackInt4;
 use crate::{
-    CalibSink, Distance, Env, Pass, PassCx, PassError, Progress, Report, Scratch, Settings, WeightReport, dce,
+    CalibSink, Distance, Env, Pass, PassCx, PassError, Progress, Report, Scratch, Settings, Stream,
+    WeightReport, dce,
 };
 use dialects::ir::{Module, Value};
 
@@ -46,6 +47,10 @@ pub(super) struct Trial<'a>(pub &'a dyn Env);
 impl Env for Trial<'_> {
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError> {
         self.0.calibrate(m, wanted, sink)
+    }
+
+    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError> {
+        self.0.stream()
     }
 
     fn distance(&self, m: &Module) -> Result<Distance, PassError> {

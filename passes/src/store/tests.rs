@@ -126,7 +126,7 @@ struct Ran {
 fn run(pass: &dyn Pass, mut m: Module, world: &World, settings: &Settings) -> Result<Ran, PassError> {
     world.asked.lock().unwrap().clear();
     let mut report = Report::default();
-    pass.run(&mut m, &mut PassCx { ops: &world.ops, env: world, settings, report: &mut report })?;
+    pass.run(&mut m, &mut PassCx { ops: &world.ops, env: world, settings, rest: &[], report: &mut report })?;
     let warnings = std::mem::take(&mut report.warnings);
     let report = serde_json::to_string(&(report.weights, report.notes)).unwrap();
     Ok(Ran { content: content(&m), report, warnings, asked: world.asked.lock().unwrap().clone() })

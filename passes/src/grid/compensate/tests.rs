@@ -112,9 +112,8 @@ fn upper(a: &[f64], k: usize) -> Vec<f64> {
 fn published(case: &Case, cost: &Cost, spec: &Spec) -> Vec<u8> {
     let k = case.k;
     let order: Vec<usize> = cost.order.iter().rev().map(|&i| i as usize).collect();
-    let h = |i: usize, j: usize| {
-        f64::from(cost.h[i * k + j]) + if i == j { f64::from(cost.damp) } else { 0.0 }
-    };
+    let h =
+        |i: usize, j: usize| f64::from(cost.h[i * k + j]) + if i == j { f64::from(cost.damp) } else { 0.0 };
     let permuted = (0..k * k).map(|i| h(order[i / k], order[i % k])).collect();
     let u = upper(&inverse(permuted, k), k);
     let plain = quantize(&case.w, cost, spec, &method(0));
@@ -262,8 +261,7 @@ fn what_is_given_is_what_is_packed() {
     let w = super::super::Matrix { bytes, float: Float::F32, layout: super::super::Layout::Nk, n: 21, k: 50 };
     let (codes, groups) = spec.lens(21, 50).unwrap();
     let (mut codes, mut scales, mut zeros) = (vec![0; codes], vec![0.0; groups], vec![0; groups]);
-    let parts =
-        super::super::Parts { codes: &mut codes, scales: &mut scales, zero_points: Some(&mut zeros) };
+    let parts = super::super::Parts { codes: &mut codes, scales: &mut scales, zero_points: Some(&mut zeros) };
     super::super::quantize(&w, &spec, &given, parts).unwrap();
     let mut out = vec![0f32; case.w.len()];
     super::super::pack::dequantize(&spec, 21, 50, &codes, &scales, &zeros, &mut out).unwrap();
