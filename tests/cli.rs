@@ -284,7 +284,7 @@ fn a_failing_pass_leaves_a_reproducer() {
 fn a_reproducer_names_what_the_pipeline_needs() {
     let dir = Folder::new();
     let calib = dir.path("it's data.npy");
-    fs::write(&calib, [0]).unwrap();
+    fs::copy("testdata/models/calib_ids.npy", &calib).unwrap();
     let data = ["--calib", &calib, "--calib-samples", "3", "--seed", "7", "--tied", "shared"];
     let args = [MODEL, "--pass", "rtn,pack-int4,pack-int4", "--dry-run", "--repro", &dir.path("repro")];
     let ran = qcc(&[&args[..], &data].concat());

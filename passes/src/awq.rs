@@ -314,10 +314,15 @@ fn multiply(m: &mut Module, shared: &Shared, s: &[f32]) -> Result<(), PassError>
     let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
     let values = scaled.to_f32().map_err(|e| fail(e.to_string()))?.into_owned();
     let scaled = Tensor::from_f32(elem, &dims, values).map_err(|e| fail(e.to_string()))?;
-    let (region, name) = (m.ops[l.op].region, m.fresh_name(&format!("{}.scaled", shared.label(m))));
-    let weight = m.add_const(region, name, scaled.to_const());
+    let label = shared.label(m);
+    let weight = m.add_const(m.ops[l.op].region, m.fresh_name(&format!("{label}.scaled")), scaled.to_const());
     for l in &shared.uses {
         m.ops[l.op].operands[l.operand_index] = Some(weight);
+    }
+    if m.uses().of(l.weight).is_empty() {
+        // Filters and reports know it by the name that it has in the file.
+        let name = m.values[l.weight].name.clone();
+        m.values[l.weight].name = std::mem::replace(&mut m.values[weight].name, name);
     }
     Ok(())
 }

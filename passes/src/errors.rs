@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// Outputs whose errors are measured, at most: what more would add to the ratio is less than what it costs.
-pub const OUTPUTS: usize = 1024;
+pub const OUTPUTS: usize = 512;
 
 /// Errors after one step of a method.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -120,8 +120,8 @@ mod tests {
     #[test]
     fn errors_by_hand() {
         let e = WeightErrors::of(&[3.0, 0.0, 0.0, 4.0], &[3.0, 1.0, -2.0, 4.0], 2);
-        let want = WeightErrors { frobenius: 5f64.sqrt(), relative: 5f64.sqrt() / 5.0, max: 2.0, mean: 0.75 };
-        assert_eq!(e, want);
+        assert_eq!((e.frobenius, e.max, e.mean), (5f64.sqrt(), 2.0, 0.75));
+        assert!((e.relative - 5f64.sqrt() / 5.0).abs() < 1e-15, "{e:?}");
     }
 
     #[test]

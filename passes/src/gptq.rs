@@ -172,6 +172,7 @@ impl Gptq {
                     return Err(PassError::Env("interrupted".into()));
                 }
             }
+            pair.iter_mut().for_each(|pair| pair.differ = true);
         }
         group::finish(m, cx, NAME, work, &self.filter, &self.options, first)
     }

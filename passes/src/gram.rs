@@ -23,20 +23,38 @@ pub struct Gram {
     pub k: usize,
     /// Rows of data that went in.
     pub rows: u64,
-    /// `[K, K]`, symmetric, row-major: sums over the rows.
+    /// `[K, K]`, symmetric, row-major: sums over the rows, once it is finished.
     pub sums: Vec<f64>,
+    /// Rows that are yet to be added: few at a time would cost as much as many.
+    pending: Vec<f32>,
 }
 
 impl Gram {
     /// An empty one.
     pub fn new(k: usize) -> Gram {
-        Gram { k, rows: 0, sums: vec![0.0; k * k] }
+        Gram { k, rows: 0, sums: vec![0.0; k * k], pending: Vec::new() }
     }
 
     /// Adds rows of data, `[rows, K]` row-major.
     pub fn add(&mut self, x: &[f32]) {
-        gemm::gram(&mut self.sums, x, self.k);
         self.rows += (x.len() / self.k.max(1)) as u64;
+        self.pending.extend_from_slice(x);
+        if self.pending.len() >= gemm::GRAM_ROWS * self.k {
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        gemm::gram(&mut self.sums, &self.pending, self.k);
+        self.pending.clear();
+    }
+
+    /// The matrix of the rows that were added.
+    pub fn finish(mut self) -> Gram {
+        self.flush();
+        self.pending = Vec::new();
+        gemm::mirror(&mut self.sums, self.k);
+        self
     }
 
     /// The diagonal: sums of squares, one per channel.
@@ -50,7 +68,7 @@ impl Gram {
         sums.par_chunks_mut(self.k.max(1)).enumerate().for_each(|(i, row)| {
             row.iter_mut().zip(scale).for_each(|(x, &s)| *x /= f64::from(scale[i]) * f64::from(s));
         });
-        Gram { k: self.k, rows: self.rows, sums }
+        Gram { k: self.k, rows: self.rows, sums, pending: Vec::new() }
     }
 
     /// The matrix in single precision.
@@ -133,6 +151,7 @@ pub fn collect(
         gram.add(&t.to_f32().map_err(|e| refuse(e.to_string()))?);
         Ok(())
     })?;
+    let grams: HashMap<Value, Gram> = grams.into_iter().map(|(v, g)| (v, g.finish())).collect();
     for &v in &wanted {
         let gram = &grams[&v];
         let what = || m.value_label(v);
@@ -154,6 +173,7 @@ mod tests {
         let mut g = Gram::new(2);
         g.add(&[1.0, 2.0, 3.0, 4.0]);
         g.add(&[5.0, 6.0]);
+        let g = g.finish();
         assert_eq!((g.rows, g.sums.as_slice()), (3, &[35.0, 44.0, 44.0, 56.0][..]));
         assert_eq!(g.diagonal(), [35.0, 56.0]);
         assert_eq!(g.divided(&[1.0, 2.0]).sums, [35.0, 22.0, 22.0, 14.0]);

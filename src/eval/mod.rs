@@ -228,7 +228,7 @@ fn score(
 ) -> Result<Vec<Position>, EvalError> {
     let of = |tensors| Logits::of(tensors, ids.len() / len, len);
     let mine = of(mine)?;
-    let theirs = theirs.map(of).transpose()?;
+    let theirs = theirs.map(of).transpose().map_err(|e| EvalError::Baseline(Box::new(e)))?;
     let vocab = mine.vocab;
     if let Some(baseline) = theirs.as_ref().map(|t| t.vocab).filter(|&b| b != vocab) {
         return Err(EvalError::Vocabularies { model: vocab, baseline });

@@ -17,7 +17,7 @@ const TILE_COLS: usize = 256;
 /// Fewer multiplications than this are not worth a task of their own.
 const SMALL: usize = 1 << 16;
 /// Rows of the data summed in single precision before they join a Gram matrix held in double.
-const GRAM_ROWS: usize = 256;
+pub const GRAM_ROWS: usize = 256;
 
 /// An element type that the GEMM library multiplies.
 pub trait Scalar: Copy + Default + Send + Sync + 'static {
@@ -223,10 +223,11 @@ pub fn tile_into<T: Scalar>(a: Mat<T>, b: Mat<T>, c: &mut Strip<T>) {
     }
 }
 
-/// Adds `x^T x` to `acc`, a row-major `[k, k]` matrix; `x` is row-major `[rows, k]`.
+/// Adds the diagonal of `x^T x` and what is above it to `acc`, a row-major `[k, k]` matrix; `x` is row-major `[rows, k]`.
+/// [`mirror`] fills in the rest.
 ///
 /// Products are summed in single precision over a fixed number of rows, and those sums in double, so that neither
-/// the number of calls' rows nor of threads drowns small entries. `acc` stays exactly symmetric.
+/// the number of calls' rows nor of threads drowns small entries.
 pub fn gram(acc: &mut [f64], x: &[f32], k: usize) {
     assert_eq!(acc.len(), k * k, "the Gram matrix is not [k, k]");
     if k == 0 {
@@ -245,9 +246,22 @@ pub fn gram(acc: &mut [f64], x: &[f32], k: usize) {
             }
         }
     });
-    for i in 1..k {
-        let (above, row) = acc.split_at_mut(i * k);
-        (0..i).for_each(|j| row[j] = above[j * k + i]);
+}
+
+/// Copies what is above the diagonal of a row-major `[k, k]` matrix below it.
+pub fn mirror(acc: &mut [f64], k: usize) {
+    const SIDE: usize = 32;
+    for from in (0..k).step_by(SIDE) {
+        let to = k.min(from + SIDE);
+        let (above, rows) = acc.split_at_mut(from * k);
+        for left in (0..from).step_by(SIDE) {
+            for i in from..to {
+                (left..left + SIDE).for_each(|j| rows[(i - from) * k + j] = above[j * k + i]);
+            }
+        }
+        for i in from..to {
+            (from..i).for_each(|j| rows[(i - from) * k + j] = rows[(j - from) * k + i]);
+        }
     }
 }
 
@@ -294,6 +308,7 @@ mod tests {
                 let (mut c, mut g) = (vec![0f32; m * n], vec![0f64; k * k]);
                 matmul(Mat::new(&a, m, k), Mat::new(&b, k, n), &mut c);
                 gram(&mut g, &a, k);
+                mirror(&mut g, k);
                 let c: Vec<u32> = c.iter().map(|x| x.to_bits()).collect();
                 (c, g.iter().map(|x| x.to_bits()).collect::<Vec<u64>>())
             })
@@ -308,6 +323,7 @@ mod tests {
         let x = numbers(rows * k, 11);
         let mut acc: Vec<f64> = (0..k * k).map(|i| ((i / k) * (i % k)) as f64).collect();
         gram(&mut acc, &x, k);
+        mirror(&mut acc, k);
         for i in 0..k {
             for j in 0..k {
                 let sum: f64 = (0..rows).map(|r| f64::from(x[r * k + i] * x[r * k + j])).sum();

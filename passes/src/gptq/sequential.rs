@@ -30,6 +30,8 @@ pub struct Seen {
 /// The data on its way through the float model and the one that is being quantized.
 pub struct Pair<'e> {
     float: Module,
+    /// Whether the two models differ: before the first weight is quantized there is nothing to make up for.
+    pub differ: bool,
     exact: Box<dyn Stream + 'e>,
     quantized: Box<dyn Stream + 'e>,
 }
@@ -64,7 +66,7 @@ impl<'e> Pair<'e> {
     /// The data before the model, of which nothing is quantized yet.
     pub fn new(m: &Module, cx: &PassCx<'e>) -> Result<Pair<'e>, PassError> {
         let env = cx.env;
-        Ok(Pair { float: m.clone(), exact: env.stream()?, quantized: env.stream()? })
+        Ok(Pair { float: m.clone(), differ: false, exact: env.stream()?, quantized: env.stream()? })
     }
 
     /// Leads the data to the first of these groups, and looks on to the others.
@@ -84,38 +86,95 @@ impl<'e> Pair<'e> {
         peek.extend(targets.iter().flatten().flatten());
         let all: Vec<Value> = to.iter().chain(&peek).copied().collect();
         // Nothing is changed in the float model, which is led as far as it is looked at.
-        let mut exact = self.exact.advance(&self.float, &all, &[])?;
+        let mut exact = match self.differ {
+            true => Some(self.exact.advance(&self.float, &all, &[])?),
+            false => None,
+        };
         let mut quantized = self.quantized.advance(m, &to, &peek)?;
-        let mut seen: Vec<Seen> = groups
-            .iter()
-            .zip(&targets)
-            .map(|(g, t)| {
-                let pull = g.weights.iter().zip(t).map(|(w, t)| t.map(|_| vec![0f32; w.first().n * g.k]));
-                Seen { gram: Gram::new(g.k), pull: pull.collect() }
-            })
-            .collect();
-        loop {
-            let float = batch(&mut *exact)?;
-            let found = batch(&mut *quantized)?;
-            let (Some(float), Some(found)) = (float, found) else { break };
+        let mut sums: Vec<Sums> = groups.iter().zip(&targets).map(|(g, t)| Sums::new(g, t)).collect();
+        while let Some(found) = batch(&mut *quantized)? {
+            let float = match &mut exact {
+                Some(exact) => batch(&mut **exact)?,
+                None => None,
+            };
             let values = |from: &HashMap<Value, Item>, v: Value| -> Result<Vec<f32>, PassError> {
                 let fail = |why: String| PassError::At { pass: NAME, what: m.value_label(v), why };
                 let item = from.get(&v).ok_or_else(|| fail("was not computed".into()))?;
                 let t = item.tensor().map_err(|e| fail(e.to_string()))?;
                 Ok(t.to_f32().map_err(|e| fail(e.to_string()))?.into_owned())
             };
-            for ((group, targets), seen) in groups.iter().zip(&targets).zip(&mut seen) {
+            for ((group, targets), sums) in groups.iter().zip(&targets).zip(&mut sums) {
                 let x = values(&found, group.x)?;
-                seen.gram.add(&x);
-                for (target, pull) in targets.iter().zip(&mut seen.pull) {
-                    let (Some(v), Some(pull)) = (target, pull) else { continue };
-                    let (z, z_now) = (values(&float, *v)?, values(&found, *v)?);
-                    let d: Vec<f32> = z.iter().zip(&z_now).map(|(a, b)| a - b).collect();
-                    add_product(pull, &d, &x, group.k);
+                if x.len() % group.k.max(1) != 0 {
+                    let why = format!("{} numbers are no rows of {}", x.len(), group.k);
+                    return Err(PassError::At { pass: NAME, what: m.value_label(group.x), why });
                 }
+                let mut differences = Vec::new();
+                for target in targets {
+                    let (Some(float), Some(v)) = (&float, target) else {
+                        differences.push(None);
+                        continue;
+                    };
+                    let (z, now) = (values(float, *v)?, values(&found, *v)?);
+                    differences.push(Some(z.iter().zip(&now).map(|(a, b)| a - b).collect()));
+                }
+                sums.add(&x, &differences);
             }
         }
-        Ok(seen)
+        if let Some(mut exact) = exact {
+            // Its end is the end of the leg.
+            batch(&mut *exact)?;
+        }
+        Ok(sums.into_iter().map(|s| s.finish(self.differ)).collect())
+    }
+}
+
+/// What is summed over the data for one group.
+struct Sums {
+    k: usize,
+    gram: Gram,
+    pull: Vec<Option<Vec<f32>>>,
+    /// Rows that are yet to be added: few at a time would cost as much as many.
+    x: Vec<f32>,
+    differences: Vec<Vec<f32>>,
+}
+
+impl Sums {
+    fn new(g: &Group, targets: &[Option<Value>]) -> Sums {
+        let pull = g.weights.iter().zip(targets).map(|(w, t)| t.map(|_| vec![0f32; w.first().n * g.k]));
+        let differences = targets.iter().map(|_| Vec::new()).collect();
+        Sums { k: g.k, gram: Gram::new(g.k), pull: pull.collect(), x: Vec::new(), differences }
+    }
+
+    /// Adds rows of `x`, and for each weight that has a place to compare those of its differences.
+    fn add(&mut self, x: &[f32], differences: &[Option<Vec<f32>>]) {
+        self.gram.add(x);
+        if differences.iter().all(Option::is_none) {
+            return;
+        }
+        self.x.extend_from_slice(x);
+        for (own, new) in self.differences.iter_mut().zip(differences) {
+            own.extend(new.iter().flatten());
+        }
+        if self.x.len() >= gemm::GRAM_ROWS * self.k {
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        for (pull, d) in self.pull.iter_mut().zip(&mut self.differences) {
+            if let Some(pull) = pull {
+                add_product(pull, d, &self.x, self.k);
+            }
+            d.clear();
+        }
+        self.x.clear();
+    }
+
+    fn finish(mut self, differ: bool) -> Seen {
+        self.flush();
+        let pull = self.pull.into_iter().map(|p| p.filter(|_| differ)).collect();
+        Seen { gram: self.gram.finish(), pull }
     }
 }
 

@@ -19,8 +19,8 @@ const RIDGE: f64 = 0.1;
 /// Outputs that one task solves for.
 const SOLVE_ROWS: usize = 64;
 
-/// A pivot is at least what was added to the diagonal. Where rounding took it below this part of it, single precision
-/// was not enough.
+/// A pivot is at least what was added to the diagonal. Where rounding took it below this part of it, the precision was
+/// not enough.
 const LEAST_PIVOT: f32 = 0.5;
 
 /// The cost of errors of one output: `e^T (H + damp I) e` with `H = G / mean(diag G)` for the Gram matrix `G` of the
@@ -112,15 +112,19 @@ impl Pull<'_> {
 /// The factor in single precision, unless that is not enough.
 fn single(h: &[f32], order: &[u32], damp: f64) -> Option<Vec<f32>> {
     let factor = cholesky(permuted(h, order, damp as f32, |x| x), order.len())?;
-    let k = order.len();
-    let least = LEAST_PIVOT * damp as f32;
-    (0..k).all(|i| factor[i * k + i].powi(2) >= least).then_some(factor)
+    determined(&factor, order.len(), damp).then_some(factor)
 }
 
 /// The factor in double precision.
 fn double(h: &[f32], order: &[u32], damp: f64) -> Option<Vec<f32>> {
     let factor = cholesky(permuted(h, order, damp, f64::from), order.len())?;
-    Some(factor.into_iter().map(|x| x as f32).collect())
+    let factor: Vec<f32> = factor.into_iter().map(|x| x as f32).collect();
+    determined(&factor, order.len(), damp).then_some(factor)
+}
+
+/// Whether no pivot is below what it must be.
+fn determined(factor: &[f32], k: usize, damp: f64) -> bool {
+    (0..k).all(|i| factor[i * k + i].powi(2) >= LEAST_PIVOT * damp as f32)
 }
 
 fn permuted<T: Copy + Default + Send + Sync + std::ops::AddAssign>(
@@ -155,7 +159,9 @@ mod tests {
     use super::*;
 
     fn gram(k: usize, sums: Vec<f64>) -> Gram {
-        Gram { k, rows: 10, sums }
+        let mut g = Gram::new(k);
+        g.sums = sums;
+        g
     }
 
     /// `L L^T`, at `[i, j]` of the inputs.
@@ -204,6 +210,7 @@ mod tests {
         let x: Vec<f32> = (0..rows * k).map(number).collect();
         let mut g = Gram::new(k);
         g.add(&x);
+        let g = g.finish();
         let (w, wanted) = ([0.1f32, -0.4, 0.8, 0.3, 0.0], [0.2f32, -0.4, 0.7, 0.5, -0.1]);
         let mut pull = vec![0f32; k];
         for x in x.chunks_exact(k) {

@@ -30,7 +30,7 @@ impl Case {
         }
         let mut gram = Gram::new(k);
         gram.add(&x);
-        Case { k, w, gram }
+        Case { k, w, gram: gram.finish() }
     }
 
     fn cost(&self, act_order: bool) -> Cost {
