@@ -108,8 +108,9 @@ fn any_part_of_the_work_may_be_finished() {
             gone.iter().for_each(|path| fs::remove_file(path).unwrap());
             let (taken, made) = (all.len() - gone.len(), gone.len());
             let said = note(&args);
+            let results = if taken == 1 { "result" } else { "results" };
             assert!(
-                said.ends_with(&format!("{taken} finished results taken from it, {made} kept in it")),
+                said.ends_with(&format!(": {taken} finished {results} taken from it, {made} kept in it")),
                 "{said}"
             );
             assert!(

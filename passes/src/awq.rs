@@ -15,7 +15,7 @@ use crate::qtensor::QTensor;
 use crate::quantize::{GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix};
 use crate::store::{Finished, Key, Work, original};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
-use dialects::ir::{Module, Op, OpBuilder, Use, Value};
+use dialects::ir::{Module, Op, OpBuilder, Symbol, Use, Value};
 use dialects::tensor::Tensor;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -93,26 +93,29 @@ impl Awq {
         weights: Vec<Shared>,
         work: &Work,
     ) -> Result<(), PassError> {
-        let keyed = |g: Group| (work.key(m, &g.weights), g);
-        let groups: Vec<(Key, Group)> = groups(m, weights).into_iter().map(keyed).collect();
+        let keyed = |g: Group| {
+            let nodes = g.weights.iter().map(|w| m.ops[w.first().op].loc.clone()).collect();
+            (work.key(m, &g.weights), g, nodes)
+        };
+        let groups: Vec<(Key, Group, Vec<Symbol>)> = groups(m, weights).into_iter().map(keyed).collect();
         let first = cx.report.weights.len();
         let (count, mut scaled) = (groups.len(), 0);
         let progress = cx.env.progress(NAME, count as u64);
         // Backwards: a scale lands in weights before its linear, which must be float still, and leaves the
         // activations before them as they were.
         let backwards = groups.into_iter().rev().collect();
-        for run in gram::runs(backwards, |(_, g)| g.k, gram::BUDGET) {
+        for run in gram::runs(backwards, |(_, g, _)| g.k, gram::BUDGET) {
             // Finished groups change the module only once the data of the others is gathered, as if none were finished.
-            let find = |(key, g): &(Key, Group)| match self.round {
+            let find = |(key, g, _): &(Key, Group, Vec<Symbol>)| match self.round {
                 true => work.finished(m, cx, key, &g.weights),
                 false => Ok(None),
             };
             let finished: Vec<Option<Finished>> = run.iter().map(find).collect::<Result<_, _>>()?;
             let open = run.iter().zip(&finished).filter(|(_, done)| done.is_none());
-            let open: Vec<(Value, usize)> = open.map(|((_, g), _)| (g.x, g.k)).collect();
+            let open: Vec<(Value, usize)> = open.map(|((_, g, _), _)| (g.x, g.k)).collect();
             let mut grams = gram::collect(m, cx, &open, NAME)?;
-            for ((key, g), done) in run.iter().zip(finished) {
-                let group = current(m, cx, &self.filter, g)?;
+            for ((key, g, nodes), done) in run.iter().zip(finished) {
+                let group = current(m, cx, &self.filter, g, nodes)?;
                 let scale = match done {
                     Some(done) => done.install(m, cx, NAME, &group.weights)?,
                     None => {
@@ -141,11 +144,22 @@ impl Awq {
     }
 }
 
-/// The group as it is now: folding a later group's scale may have put new ops in the place of its linears.
-fn current(m: &Module, cx: &mut PassCx, filter: &Filter, group: &Group) -> Result<Group, PassError> {
+/// The group as it is now: folding a later group's scale may have put new ops in the place of its linears. `nodes` are
+/// those of its weights in their order, which new ops do not keep.
+fn current(
+    m: &Module,
+    cx: &mut PassCx,
+    filter: &Filter,
+    group: &Group,
+    nodes: &[Symbol],
+) -> Result<Group, PassError> {
     let weights = candidates(m, cx, filter, false);
     let found = groups(m, weights).into_iter().find(|g| g.x == group.x && g.k == group.k);
-    found.ok_or_else(|| {
+    let in_order = |mut g: Group| {
+        g.weights.sort_by_key(|w| nodes.iter().position(|n| *n == m.ops[w.first().op].loc));
+        g
+    };
+    found.map(in_order).ok_or_else(|| {
         let why = "this is a bug: the linears that read it are gone".into();
         PassError::At { pass: NAME, what: m.value_label(group.x), why }
     })
