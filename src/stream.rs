@@ -80,7 +80,7 @@ impl Leg for DataLeg<'_> {
             self.live.clone_from(&self.next);
             return Ok(false);
         };
-        let batch = self.env.data()?.batches().nth(self.batch).expect("batches were counted");
+        let batch = self.env.data()?.batch(self.batch, usize::MAX);
         let mut given = inputs_of(self.m, batch.map_err(|e| PassError::Env(e.message))?);
         for (v, item) in kept.drain(..) {
             given.push((v, item.restore()?));

@@ -156,7 +156,7 @@ impl Gptq {
                 groups.iter().zip(&finished).filter(|(_, done)| done.is_none()).map(|(g, _)| g).collect();
             let mut seen = match &mut pair {
                 _ if open.is_empty() => Vec::new(),
-                Some(pair) => pair.see(m, &open)?,
+                Some(pair) => pair.see(m, groups[0].x, &open)?,
                 None => self.watch(m, cx, &open)?,
             }
             .into_iter();

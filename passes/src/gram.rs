@@ -57,6 +57,15 @@ impl Gram {
         self
     }
 
+    /// Refuses a matrix of activations, those of `v`, that are NaN or infinite, or whose squares are.
+    pub fn check(&self, m: &Module, v: Value, pass: &'static str) -> Result<(), PassError> {
+        if self.diagonal().iter().all(|x| x.is_finite()) {
+            return Ok(());
+        }
+        let why = "the activations, or their squares, are NaN or infinite on the calibration data".into();
+        Err(PassError::At { pass, what: m.value_label(v), why })
+    }
+
     /// The diagonal: sums of squares, one per channel.
     pub fn diagonal(&self) -> Vec<f64> {
         (0..self.k).map(|i| self.sums[i * self.k + i]).collect()
@@ -153,12 +162,7 @@ pub fn collect(
     })?;
     let grams: HashMap<Value, Gram> = grams.into_iter().map(|(v, g)| (v, g.finish())).collect();
     for &v in &wanted {
-        let gram = &grams[&v];
-        let what = || m.value_label(v);
-        if gram.diagonal().iter().any(|x| !x.is_finite()) {
-            let why = "the activations are NaN or infinite on the calibration data".into();
-            return Err(PassError::At { pass, what: what(), why });
-        }
+        grams[&v].check(m, v, pass)?;
     }
     Ok(grams)
 }

@@ -184,15 +184,21 @@ impl Calibration {
     /// may be some more.
     pub fn first(&self, samples: usize) -> impl ExactSizeIterator<Item = Result<Batch, CalibError>> + '_ {
         let per_run = self.per_run();
-        (0..self.runs().min(samples.div_ceil(per_run))).map(move |run| match &self.source {
+        (0..self.runs().min(samples.div_ceil(per_run))).map(move |run| self.batch(run, samples))
+    }
+
+    /// One of the batches, counted from 0, of [`Calibration::first`] of `samples`.
+    pub fn batch(&self, run: usize, samples: usize) -> Result<Batch, CalibError> {
+        match &self.source {
             Source::Tokens { lm, rows, .. } => {
+                let per_run = self.per_run();
                 let ids = rows.chunks(per_run).nth(run).expect("runs are counted by the rows");
                 let wanted = if lm.batch.is_some() { per_run } else { samples - run * per_run };
                 Ok(lm.batch_of(&ids[..ids.len().min(wanted.saturating_mul(rows.len))], rows.len))
             }
             Source::Arrays(arrays) => Ok(arrays.batch(run)),
             Source::Noise(noise) => Ok(noise.batch(run)),
-        })
+        }
     }
 
     /// Samples that there are.

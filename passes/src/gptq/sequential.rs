@@ -69,8 +69,8 @@ impl<'e> Pair<'e> {
         Ok(Pair { float: m.clone(), differ: false, exact: env.stream()?, quantized: env.stream()? })
     }
 
-    /// Leads the data to the first of these groups, and looks on to the others.
-    pub fn see(&mut self, m: &Module, groups: &[&Group]) -> Result<Vec<Seen>, PassError> {
+    /// Leads the data to the value `to`, and looks from there at what these groups are given.
+    pub fn see(&mut self, m: &Module, to: Value, groups: &[&Group]) -> Result<Vec<Seen>, PassError> {
         let targets: Vec<Vec<Option<Value>>> = groups
             .iter()
             .map(|g| {
@@ -81,8 +81,8 @@ impl<'e> Pair<'e> {
                 g.weights.iter().map(|w| of(&w.uses)).collect()
             })
             .collect();
-        let to = [groups[0].x];
-        let mut peek: Vec<Value> = groups[1..].iter().map(|g| g.x).collect();
+        let to = [to];
+        let mut peek: Vec<Value> = groups.iter().map(|g| g.x).filter(|x| !to.contains(x)).collect();
         peek.extend(targets.iter().flatten().flatten());
         let all: Vec<Value> = to.iter().chain(&peek).copied().collect();
         // Nothing is changed in the float model, which is led as far as it is looked at.
@@ -125,7 +125,9 @@ impl<'e> Pair<'e> {
             // Its end is the end of the leg.
             batch(&mut *exact)?;
         }
-        Ok(sums.into_iter().map(|s| s.finish(self.differ)).collect())
+        let seen: Vec<Seen> = sums.into_iter().map(|s| s.finish(self.differ)).collect();
+        groups.iter().zip(&seen).try_for_each(|(g, s)| s.gram.check(m, g.x, NAME))?;
+        Ok(seen)
     }
 }
 

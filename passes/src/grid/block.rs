@@ -251,10 +251,10 @@ fn exact(spec: &Spec, x: &Block, out: &BlockOut) -> Stats {
     let mut stats = Stats::default();
     for (k, row) in x.iter().enumerate() {
         let (word, shift) = (k as u32 / per_word, k as u32 % per_word * spec.container());
-        for l in 0..LANES {
+        for (l, &weight) in row.iter().enumerate() {
             let code = out.words[word as usize][l] >> shift & mask;
             let back = (code as f32 - out.zero[l]) * out.scale[l];
-            let weight = f64::from(row[l]);
+            let weight = f64::from(weight);
             let e = (f64::from(back) - weight).abs();
             stats.add(&Stats { error2: e * e, error1: e, weight2: weight * weight, max_error: e });
         }

@@ -53,10 +53,9 @@ pub(super) struct Best {
 impl Best {
     /// Takes `grid` in the lanes where it costs less. Ties go to what came first.
     pub fn take(&mut self, grid: &Grid, cost: &[f32; LANES]) {
-        for l in 0..LANES {
-            if cost[l] < self.cost[l] {
-                (self.grid.scale[l], self.grid.zero[l], self.cost[l]) =
-                    (grid.scale[l], grid.zero[l], cost[l]);
+        for (l, &cost) in cost.iter().enumerate() {
+            if cost < self.cost[l] {
+                (self.grid.scale[l], self.grid.zero[l], self.cost[l]) = (grid.scale[l], grid.zero[l], cost);
             }
         }
     }

@@ -78,8 +78,7 @@ impl Env for World {
 /// Ten products in a row, `[16, 32]` to `[48, 16]`; the last two read one value. `tied` makes the fourth weight that of
 /// the first.
 fn model(tied: bool) -> Module {
-    let mut m = Module::default();
-    m.ir_version = 10;
+    let mut m = Module { ir_version: 10, ..Module::default() };
     m.opsets.insert("onnx".into(), 21);
     let top = m.top;
     let width = |i: usize| 16 + i % 3 * 16;
