@@ -2,7 +2,7 @@
 
 use crate::Registry;
 use crate::error::Error;
-use crate::files;
+use crate::files::{self, FileError};
 use crate::pipeline::Pipeline;
 use crate::qir;
 use crate::report::frontier;
@@ -55,6 +55,13 @@ impl Flags {
         if let Some(path) = self.frontier.iter().find(|p| form(p).is_none()) {
             let message = format!("--frontier {}: its form cannot be told from the name", path.display());
             return Err(Error::usage(message, "name it .json or .svg"));
+        }
+        // What cannot be written is said before anything is measured.
+        for path in self.outputs() {
+            let folder = path.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir());
+            if let Some(folder) = folder.map(Path::to_owned) {
+                return Err(FileError::NoFolder { path: path.clone(), folder }.into());
+            }
         }
         let Some(path) = &self.recipe else { return Ok(()) };
         let bytes = files::map(path)?;

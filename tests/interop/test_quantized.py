@@ -125,6 +125,22 @@ class Quantized(unittest.TestCase):
                 self.assertLessEqual(found[-1], 5.10)
         self.assertLess(max(found) - min(found), 0.02)
 
+    def test_gptq_on_stories(self):
+        model, tokens = shared("stories260k/model.onnx"), shared("stories260k/eval_ids.npy")
+        flags = ["--calib", shared("stories260k/calib_ids.npy"), "--calib-samples", 64, "--profile", "ort-cpu-exact"]
+        for passes, most in [("gptq{sequential=off}", 4.99), ("gptq", 4.96), ("awq,gptq", 4.93)]:
+            with self.subTest(passes):
+                self.assertEqual(self.quantize(model, f"{passes},pack-int4", *flags), 36)
+                self.assertLessEqual(self.exact(tokens, 128), most)
+
+    def test_gptq_is_the_same_for_any_number_of_threads(self):
+        files = []
+        for threads in [1, 2, 7]:
+            flags = ["--calib", TESTDATA / "calib_ids.npy", "--calib-samples", 2, "--threads", threads]
+            self.quantize(TESTDATA / "tinylm.onnx", "gptq{bits=3},pack-int4", *flags)
+            files.append(self.out.read_bytes())
+        self.assertTrue(files[0] == files[1] == files[2])
+
 
 if __name__ == "__main__":
     unittest.main()
