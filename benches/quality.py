@@ -73,20 +73,19 @@ PIPELINES = [
     "rtn{@,hqq=true}",
     "awq{@}",
     "gptq{@,symmetric=true}",
-    "gptq{@}",
-    "gptq{@,sequential=layer}",
+    "gptq{@,sequential=off}",
     "gptq{@,sequential=block}",
+    "gptq{@}",
     "awq{@},gptq{@}",
-    "awq{@},gptq{@,sequential=layer}",
-    "awq{@},gptq{@,sequential=layer} --tied shared",
+    "awq{@},gptq{@} --tied shared",
 ]
 
 # Mixed precision at the bytes, `$`, of a uniform file.
 UNIFORM = "gptq{@}"
-MIXED = ["mixed{size=$}", "mixed{size=$,solver=greedy}"]
+MIXED = ["mixed{size=$,method=gptq}", "mixed{size=$}", "mixed{size=$,solver=greedy}"]
 
 # What is timed on one layer, and what is watched on a wide one.
-TIMED = ["rtn", "awq", "gptq"]
+TIMED = ["rtn", "awq", "gptq", "gptq{sequential=off}"]
 TIMED_RIVALS = ["onnxsim GPTQ, symmetric"]
 WIDE = ["rtn{only=[wide]}", "awq{only=[wide]}", "gptq{only=[wide]}"]
 

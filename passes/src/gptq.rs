@@ -143,6 +143,8 @@ impl Gptq {
         let keyed: Vec<Key> = groups.iter().map(|g| work.key(m, &g.weights)).collect();
         let progress = cx.env.progress(NAME, groups.len() as u64);
         let steps = self.steps(m, &groups);
+        // The float model, whose activations are watched however much of the other is quantized by then.
+        let float = m.clone();
         let mut pair = match self.sequential {
             Sequential::Off => None,
             _ => Some(Pair::new(m, cx)?),
@@ -157,7 +159,7 @@ impl Gptq {
             let mut seen = match &mut pair {
                 _ if open.is_empty() => Vec::new(),
                 Some(pair) => pair.see(m, groups[0].x, &open)?,
-                None => self.watch(m, cx, &open)?,
+                None => self.watch(&float, cx, &open)?,
             }
             .into_iter();
             for ((group, key), done) in groups.iter().zip(keys).zip(finished) {
