@@ -6,7 +6,11 @@ use crate::gram::quadratic_of;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// Outputs whose errors are measured, at most: what more would add to the ratio is less than what it costs.
+/// Multiplications that measuring the errors of outputs may take. Of a weight for which this is too little, as many
+/// outputs are measured as it is enough for, evenly spaced, but [`OUTPUTS`] at least.
+const WORK: usize = 1 << 33;
+
+/// Outputs whose errors are measured at least, where there are as many.
 pub const OUTPUTS: usize = 512;
 
 /// Errors after one step of a method.
@@ -16,7 +20,8 @@ pub struct StepErrors {
     pub step: String,
     /// |W - Q| / |W|, Frobenius, if the method ended here.
     pub weight_error: f64,
-    /// |XW - XQ| / |XW| on the calibration data, of at most [`OUTPUTS`] outputs, evenly spaced; `None` without data.
+    /// |XW - XQ| / |XW| on the calibration data; `None` without. Of a weight of thousands of inputs and outputs, of some
+    /// outputs, evenly spaced, but [`OUTPUTS`] at least.
     pub output_error: Option<f64>,
 }
 
@@ -58,9 +63,9 @@ impl WeightErrors {
     }
 }
 
-/// [`quadratic_of`] of at most [`OUTPUTS`] of `n` rows; `fill` writes one.
+/// [`quadratic_of`] of `n` rows, or of as many as [`WORK`] allows; `fill` writes one.
 fn cost(n: usize, k: usize, gram: &[f32], fill: impl Fn(usize, &mut [f32]) + Sync) -> f64 {
-    let taken = n.min(OUTPUTS);
+    let taken = n.min((WORK / (k * k).max(1)).max(OUTPUTS));
     quadratic_of(taken, k, gram, |from, out| {
         for (i, row) in out.chunks_exact_mut(k.max(1)).enumerate() {
             fill((from + i) * n / taken, row);
