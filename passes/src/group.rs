@@ -17,6 +17,11 @@ pub fn unwatched(m: &Module, w: &Shared) -> Option<&'static str> {
     columns.then_some("the channels of its activation are not the last dim (transA)")
 }
 
+/// Whether the activations that a weight multiplies can be gathered, channels last.
+pub fn watched(m: &Module, w: &Shared) -> bool {
+    w.first().form == Form::Rows && unwatched(m, w).is_none()
+}
+
 /// Weights whose linears read one value.
 pub struct Group {
     /// The value.
@@ -99,8 +104,13 @@ pub fn finish(
         let options = GridOptions { clip: false, ..options.clone() };
         work.once(m, cx, &shared, |m, cx| quantize(m, cx, pass, &shared, &options, notes))?;
     }
+    in_program_order(m, cx, first);
+    Ok(())
+}
+
+/// Puts the report of weights, from its entry `first` on, into the order of the program.
+pub fn in_program_order(m: &Module, cx: &mut PassCx, first: usize) {
     let ops = m.live_ops();
     let place = |node: &str| ops.iter().position(|&op| *m.ops[op].loc == *node);
     cx.report.weights[first..].sort_by_cached_key(|w| place(&w.node));
-    Ok(())
 }

@@ -6,7 +6,7 @@
 use crate::errors::Judge;
 use crate::gram::{self, Gram};
 use crate::grid::{self, Ranges};
-use crate::group::{rows, unwatched};
+use crate::group::{rows, watched};
 use crate::linear::Form;
 use crate::qtensor::QTensor;
 use crate::quantize::{GridOptions, Notes, Shared, dequantize, each, quantize};
@@ -112,7 +112,7 @@ impl Rtn {
         quantized: &[QTensor],
         first: usize,
     ) -> Result<(), PassError> {
-        let watched = |w: &Shared| w.first().form == Form::Rows && unwatched(float, w).is_none();
+        let watched = |w: &Shared| watched(float, w);
         let mut values: Vec<(Value, usize)> = Vec::new();
         for l in weights.iter().filter(|w| watched(w)).map(Shared::first) {
             if !values.contains(&(l.x, l.k)) {

@@ -4,7 +4,7 @@
 //! them. Memory is bounded: when the values do not fit the budget together, both models run once more for the rest.
 
 use super::run::{With, numbers, top_values};
-use super::{Context, painter, print};
+use super::{Context, painter, print, print_json};
 use crate::check;
 use crate::data::inputs;
 use crate::driver;
@@ -96,8 +96,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
         values,
     };
     if cx.json {
-        let json = serde_json::to_string_pretty(&found).expect("differences are plain data");
-        return print(&format!("{json}\n"));
+        return print_json(&found);
     }
     print(&text(&found, first, args))
 }

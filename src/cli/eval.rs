@@ -1,6 +1,6 @@
 //! `qcc eval`: perplexity and accuracy of a language model, and its distance from a baseline.
 
-use super::{Context, print};
+use super::{Context, print, print_json};
 use crate::calibrate::positive;
 use crate::data::tokens::{self, Rows, Take};
 use crate::driver;
@@ -59,8 +59,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     })?;
     drop(task);
     if cx.json {
-        let json = serde_json::to_string_pretty(&scores).expect("scores are plain data");
-        return print(&format!("{json}\n"));
+        return print_json(&scores);
     }
     print(&text(&scores, &rows, &model.notes))
 }

@@ -1,6 +1,6 @@
 //! `qcc inspect`: opset, inputs, outputs, ops, parameters by type, and which weights can be quantized.
 
-use super::{Context, painter, print};
+use super::{Context, painter, print, print_json};
 use crate::driver;
 use crate::error::Error;
 use crate::model::{self, Loaded};
@@ -87,7 +87,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
         recipe: module.meta.get("metadata.qcc.recipe").map(|r| r.to_string()),
     };
     match cx.json {
-        true => print(&format!("{}\n", serde_json::to_string_pretty(&found).expect("plain data"))),
+        true => print_json(&found),
         false => print(&found.text(&painter(false))),
     }
 }

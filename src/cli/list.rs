@@ -1,6 +1,6 @@
 //! `--list-passes`: name, summary, options with their defaults; and the presets.
 
-use super::{Context, print};
+use super::{Context, print, print_json};
 use crate::error::Error;
 use crate::pipeline::{PRESETS, defaults};
 use passes::Exactness;
@@ -38,7 +38,7 @@ pub(super) fn run(cx: &Context) -> Result<(), Error> {
     if cx.json {
         let presets: Map<String, Json> = PRESETS.iter().map(|p| (p.0.to_string(), p.1.into())).collect();
         let all = json!({ "passes": list, "presets": presets });
-        return print(&format!("{}\n", serde_json::to_string_pretty(&all).expect("a list is plain data")));
+        return print_json(&all);
     }
     out.push_str("\nPresets:\n");
     for (name, text, what) in PRESETS {

@@ -19,6 +19,7 @@ use crate::report::{Show, Summary, paint::Painter};
 use crate::term::{self, Term};
 use clap::{CommandFactory, Parser, Subcommand};
 use miette::{GraphicalReportHandler, GraphicalTheme};
+use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
@@ -146,6 +147,12 @@ fn print(text: &str) -> Result<(), Error> {
         }
         _ => Ok(()),
     }
+}
+
+/// Writes a result to stdout as JSON.
+fn print_json(found: &impl Serialize) -> Result<(), Error> {
+    let json = serde_json::to_string_pretty(found).expect("results are plain data");
+    print(&format!("{json}\n"))
 }
 
 fn render(e: &Error) -> String {

@@ -7,7 +7,7 @@
 //! its whole divergence would be worth the bytes of the cheapest one.
 
 use super::measuring::{self, Measuring};
-use super::{Context, painter, print};
+use super::{Context, painter, print, print_json};
 use crate::error::Error;
 use crate::pipeline::Pipeline;
 use crate::report::paint::{Table, bytes, percent, shorten};
@@ -121,8 +121,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
         warnings: with.report.warnings.clone(),
     };
     if cx.json {
-        let json = serde_json::to_string_pretty(&found).expect("what was found is plain data");
-        return print(&format!("{json}\n"));
+        return print_json(&found);
     }
     print(&text(&found, &with))
 }

@@ -2,7 +2,7 @@
 //! which of them no other one beats.
 
 use super::measuring::{self, Measuring};
-use super::{Context, painter, print};
+use super::{Context, painter, print, print_json};
 use crate::error::Error;
 use crate::pipeline::{Pipeline, literal};
 use crate::report::paint::{Table, bytes};
@@ -84,8 +84,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
         warnings: with.report.warnings.clone(),
     };
     if cx.json {
-        let json = serde_json::to_string_pretty(&found).expect("what was found is plain data");
-        return print(&format!("{json}\n"));
+        return print_json(&found);
     }
     print(&text(&found, &with))
 }

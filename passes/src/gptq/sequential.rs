@@ -11,9 +11,10 @@
 use super::NAME;
 use crate::gram::Gram;
 use crate::group::Group;
+use crate::quantize::Shared;
 use crate::{Leg, PassCx, PassError, Stream};
 use dialects::exec::ExecError;
-use dialects::ir::{Module, Op, Use, Value, graph};
+use dialects::ir::{Module, Op, Use, Uses, Value, graph};
 use dialects::kernels::gemm::{self, Mat};
 use dialects::ops::Item;
 use rayon::prelude::*;
@@ -37,8 +38,7 @@ pub struct Pair<'e> {
 }
 
 /// A weight's place in the comparison: after its linear, or after the residual connection.
-fn target(m: &Module, op: Op) -> Option<Value> {
-    let uses = m.uses();
+fn target(m: &Module, uses: &Uses, op: Op) -> Option<Value> {
     let mut y = m.ops[op].result(0)?;
     // A bias stands between in many exports.
     for _ in 0..2 {
@@ -71,16 +71,13 @@ impl<'e> Pair<'e> {
 
     /// Leads the data to the value `to`, and looks from there at what these groups are given.
     pub fn see(&mut self, m: &Module, to: Value, groups: &[&Group]) -> Result<Vec<Seen>, PassError> {
-        let targets: Vec<Vec<Option<Value>>> = groups
-            .iter()
-            .map(|g| {
-                let of = |uses: &[crate::linear::Linear]| match uses {
-                    [one] => target(m, one.op),
-                    _ => None,
-                };
-                g.weights.iter().map(|w| of(&w.uses)).collect()
-            })
-            .collect();
+        let uses = m.uses();
+        let target = |w: &Shared| match &w.uses[..] {
+            [one] => target(m, &uses, one.op),
+            _ => None,
+        };
+        let targets: Vec<Vec<Option<Value>>> =
+            groups.iter().map(|g| g.weights.iter().map(target).collect()).collect();
         let to = [to];
         let mut peek: Vec<Value> = groups.iter().map(|g| g.x).filter(|x| !to.contains(x)).collect();
         peek.extend(targets.iter().flatten().flatten());
@@ -251,7 +248,6 @@ mod tests {
     use super::*;
     use crate::group::groups;
     use crate::linear::linears;
-    use crate::quantize::Shared;
     use dialects::ir::{infer, parse::parse};
     use dialects::ops::Ops;
 
@@ -299,7 +295,7 @@ graph @main(%x : tensor<3x2xf32>) {
     fn targets_reach_over_the_residual() {
         let m = model(RESIDUAL);
         let names: Vec<String> =
-            linears(&m).iter().map(|l| m.value_label(target(&m, l.op).unwrap())).collect();
+            linears(&m).iter().map(|l| m.value_label(target(&m, &m.uses(), l.op).unwrap())).collect();
         assert_eq!(names, ["q", "k", "h", "y"]);
     }
 

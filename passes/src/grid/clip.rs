@@ -154,7 +154,7 @@ impl Quantizer for Clip {
 }
 
 /// The cheapest of the shrunk grids under nearest codes, and what it costs. Ties go to the wider grid.
-pub(super) fn search(spec: &Spec, x: &Block, gram: &[f32], error: &mut [Lanes]) -> (Grid, Lanes) {
+fn search(spec: &Spec, x: &Block, gram: &[f32], error: &mut [Lanes]) -> (Grid, Lanes) {
     let range = Range::of(x);
     let top = spec.max_code() as f32;
     let mut best: Option<(Grid, Lanes)> = None;
@@ -220,7 +220,7 @@ fn keep_better(
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-pub(super) fn nearest(x: &Block, grid: &Grid, top: f32, codes: &mut [Lanes]) {
+fn nearest(x: &Block, grid: &Grid, top: f32, codes: &mut [Lanes]) {
     let r = grid.scale.map(reciprocal);
     for (x, c) in x.iter().zip(codes) {
         for l in 0..LANES {

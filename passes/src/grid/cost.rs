@@ -61,7 +61,7 @@ impl Cost {
         drop(gram);
         let mut added = damp;
         while added <= MOST_DAMP {
-            if let Some(factor) = single(&h, &order, added).or_else(|| double(&h, &order, added)) {
+            if let Some(factor) = factor(&h, &order, added) {
                 return Some(Cost { k, h, order, factor, damp: added as f32, unit: unit as f32 });
             }
             added = (added * 10.0).max(1e-4);
@@ -81,8 +81,7 @@ impl Cost {
     /// Prepares for [`Pull::add`].
     pub fn pull(&self) -> Option<Pull<'_>> {
         let ridge = RIDGE.max(self.damp.into());
-        let factor = single(&self.h, &self.order, ridge).or_else(|| double(&self.h, &self.order, ridge));
-        factor.map(|factor| Pull { cost: self, factor })
+        factor(&self.h, &self.order, ridge).map(|factor| Pull { cost: self, factor })
     }
 }
 
@@ -107,6 +106,11 @@ impl Pull<'_> {
         });
         pull
     }
+}
+
+/// The factor of `h` with `damp` on its diagonal, in double precision where single is not enough.
+fn factor(h: &[f32], order: &[u32], damp: f64) -> Option<Vec<f32>> {
+    single(h, order, damp).or_else(|| double(h, order, damp))
 }
 
 /// The factor in single precision, unless that is not enough.

@@ -4,6 +4,7 @@
 use super::NAME;
 use super::choice::Choice;
 use crate::gptq::Gptq;
+use crate::group::in_program_order;
 use crate::quantize::{Shared, candidates};
 use crate::{Filter, Pass, PassCx, PassError, Report, WeightReport};
 use dialects::ir::Module;
@@ -45,9 +46,7 @@ pub(super) fn apply(
         };
         w.uses.iter().for_each(|l| cx.left(m, l.op, why));
     }
-    let ops = m.live_ops();
-    let place = |node: &str| ops.iter().position(|&op| *m.ops[op].loc == *node);
-    cx.report.weights[first..].sort_by_cached_key(|w| place(&w.node));
+    in_program_order(m, cx, first);
     Ok(())
 }
 

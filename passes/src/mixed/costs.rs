@@ -6,7 +6,7 @@ use super::choice::Choice;
 use super::finish::finished;
 use super::report::Cost;
 use crate::gram::{self, Gram, quadratic_of};
-use crate::linear::Form;
+use crate::group::watched;
 use crate::qtensor::QTensor;
 use crate::quantize::{Shared, dequantize, matrix};
 use crate::sensitivity::Variant;
@@ -168,11 +168,6 @@ impl Question<'_> {
         }
         Ok(Some(Candidate { choice, variant, weights }))
     }
-}
-
-/// Whether the activations that a weight multiplies can be gathered, channels last.
-fn watched(m: &Module, w: &Shared) -> bool {
-    w.uses.iter().all(|l| m.ops[l.op].region == m.top && l.form == Form::Rows)
 }
 
 /// |X E^T|^2 / |X W^T|^2 of a weight that `quantized` holds in codes; `None` where it holds no codes, or X is zero.

@@ -1,12 +1,13 @@
 use super::*;
 use crate::awq::Awq;
 use crate::rtn::Rtn;
+use crate::testing::NoData;
 use crate::{CalibSink, Env, Pass, Progress, Report, Scratch, Settings};
 use bytes::Bytes;
 use dialects::exec::Executor;
 use dialects::ir::interp::Interpreter;
 use dialects::ir::parse::parse;
-use dialects::ir::{TensorSource, Value, infer};
+use dialects::ir::{Value, infer};
 use dialects::ops::{Item, Ops};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -41,35 +42,15 @@ impl Env for World {
     }
 
     fn scratch(&self, len: usize) -> Result<Box<dyn Scratch>, PassError> {
-        Ok(Box::new(Buffer(vec![0; len])))
+        NoData.scratch(len)
     }
 
-    fn progress(&self, _: &str, _: u64) -> Box<dyn Progress> {
-        Box::new(Watched)
+    fn progress(&self, task: &str, total: u64) -> Box<dyn Progress> {
+        NoData.progress(task, total)
     }
 
     fn store(&self) -> Option<&dyn Store> {
         Some(self)
-    }
-}
-
-struct Buffer(Vec<u8>);
-
-impl Scratch for Buffer {
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.0
-    }
-
-    fn freeze(self: Box<Self>) -> Arc<dyn TensorSource> {
-        Arc::new(Bytes::from(self.0))
-    }
-}
-
-struct Watched;
-
-impl Progress for Watched {
-    fn advance(&self, _: u64) -> bool {
-        true
     }
 }
 
