@@ -76,6 +76,8 @@ impl<'e> Pair<'e> {
             [one] => target(m, &uses, one.op),
             _ => None,
         };
+        // Models that do not differ yet are not compared, nor is what only a comparison reads computed.
+        let target = |w: &Shared| self.differ.then(|| target(w)).flatten();
         let targets: Vec<Vec<Option<Value>>> =
             groups.iter().map(|g| g.weights.iter().map(target).collect()).collect();
         let to = [to];
@@ -122,7 +124,7 @@ impl<'e> Pair<'e> {
             // Its end is the end of the leg.
             batch(&mut *exact)?;
         }
-        let seen: Vec<Seen> = sums.into_iter().map(|s| s.finish(self.differ)).collect();
+        let seen: Vec<Seen> = sums.into_iter().map(Sums::finish).collect();
         groups.iter().zip(&seen).try_for_each(|(g, s)| s.gram.check(m, g.x, NAME))?;
         Ok(seen)
     }
@@ -170,10 +172,9 @@ impl Sums {
         self.x.clear();
     }
 
-    fn finish(mut self, differ: bool) -> Seen {
+    fn finish(mut self) -> Seen {
         self.flush();
-        let pull = self.pull.into_iter().map(|p| p.filter(|_| differ)).collect();
-        Seen { gram: self.gram.finish(), pull }
+        Seen { gram: self.gram.finish(), pull: self.pull }
     }
 }
 
