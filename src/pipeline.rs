@@ -30,6 +30,11 @@ pub const PRESETS: &[(&str, &str, &str)] = &[
         "awq,pack-int4",
         "4-bit weights, activation-aware scales and clipping; needs calibration data",
     ),
+    (
+        "int4-gptq",
+        "gptq,pack-int4",
+        "4-bit weights, rounded so that they make up for each other's errors; needs calibration data",
+    ),
     ("int4-rtn", "rtn,pack-int4", "4-bit weights, rounded to nearest; needs no data"),
     ("int8-rtn", "rtn{bits=8},pack-int4", "8-bit weights, rounded to nearest; needs no data"),
     ("int4-awq-qdq", "awq,pack-qdq", "like int4-awq, in standard ONNX ops (DequantizeLinear, opset 21)"),
@@ -242,14 +247,14 @@ impl Builder<'_> {
             let key = parts.next().expect("an option has a key");
             let value = parts.nth(1).expect("an option has a value after its sign");
             let name = key.as_str().replace('-', "_");
-            let Some(default) = known.get(&name) else {
+            if !known.contains_key(&name) {
                 return Err(self.unknown_option(def, &key, &known));
-            };
+            }
             if option_spans.iter().any(|(k, _)| *k == name) {
                 let message = format!("{}: option {name} is given twice", def.name);
                 return Err(self.error(range(&key), message, "given again here", None));
             }
-            let value = self.value(def, &name, default, value)?;
+            let value = self.value(def, &name, &known, value)?;
             options.insert(name.clone(), value);
             option_spans.push((name, whole));
         }
@@ -314,31 +319,27 @@ impl Builder<'_> {
         self.error(range(key), message, "no option of this name", Some(help))
     }
 
-    /// The value of an option, made to fit the kind of its default.
+    /// The value of an option that the pass takes among its defaults. What is no list where a list is expected is one of
+    /// one element.
     fn value(
         &self,
         def: &PassDef,
         name: &str,
-        default: &Json,
+        known: &Map<String, Json>,
         pair: Pair<Rule>,
     ) -> Result<Json, PipelineError> {
         let (span, text) = (range(&pair), pair.as_str().to_string());
-        let value = self.json(pair)?;
-        let expected = match (default, &value) {
-            (Json::Array(_), Json::Array(_)) | (Json::Null, _) | (Json::String(_), Json::String(_)) => {
-                return Ok(value);
-            }
-            (Json::Array(_), _) => return Ok(Json::Array(vec![value])),
-            (Json::Bool(_), Json::Bool(_)) => return Ok(value),
-            (Json::Bool(_), _) => "true or false",
-            (Json::Number(d), Json::Number(v)) if d.is_f64() || !v.is_f64() => return Ok(value),
-            (Json::Number(d), _) if d.is_f64() => "a number",
-            (Json::Number(_), _) => "a whole number",
-            (Json::String(_), _) => "a word",
-            (Json::Object(_), _) => "nothing: it cannot be given here",
+        let value = match (&known[name], self.json(pair)?) {
+            (Json::Array(_), value @ Json::Array(_)) => value,
+            (Json::Array(_), value) => Json::Array(vec![value]),
+            (_, value) => value,
         };
+        let mut options = known.clone();
+        options.insert(name.to_string(), value.clone());
+        let Err(why) = (def.make)(Json::Object(options)) else { return Ok(value) };
+        let expected = kind(&why);
         let message = format!("{}: option {name}: expected {expected}, found {text}", def.name);
-        let help = format!("the default is {name}={}", literal(default));
+        let help = format!("the default is {name}={}", literal(&known[name]));
         Err(self.error(span, message, format!("expected {expected}"), Some(help)))
     }
 
@@ -401,6 +402,20 @@ pub fn literal(v: &Json) -> String {
 fn is_plain(s: &str) -> bool {
     let word = |c: char| c.is_ascii_alphanumeric() || "_-./:*+%".contains(c);
     !s.is_empty() && s.chars().all(word) && s.parse::<f64>().is_err() && s != "true" && s != "false"
+}
+
+/// What was expected, in a user's words, where deserializing a value failed with `why`.
+fn kind(why: &str) -> String {
+    let expected = why.split_once("expected ").map_or(why, |(_, expected)| expected);
+    let expected = expected.split_once(", found ").map_or(expected, |(expected, _)| expected);
+    match expected {
+        "u8" | "u16" | "u32" | "u64" | "usize" if why.contains("`-") => "a whole number from 0".into(),
+        "u8" | "u16" | "u32" | "u64" | "usize" | "i32" | "i64" => "a whole number".into(),
+        "f32" | "f64" => "a number".into(),
+        "a boolean" => "true or false".into(),
+        "a string" | "string or map" => "a word".into(),
+        other => other.replace('`', ""),
+    }
 }
 
 /// Options with their values: `bits=4, group=32`.
@@ -521,10 +536,9 @@ mod tests {
         assert_eq!(refused("round{clip=1}").1, "1");
         assert_eq!(refused("round{bits=2.5}").1, "2.5");
         assert_eq!(refused("round{bits=1, bits=2}").0, "round: option bits is given twice");
-        // Fits the kind, but not the field: u32.
         let (message, at, _) = refused("tidy-up, round{bits=-4} ,tidy-up");
-        assert!(message.starts_with("round: the options do not fit"), "{message}");
-        assert_eq!(at, "round{bits=-4}");
+        assert_eq!(message, "round: option bits: expected a whole number from 0, found -4");
+        assert_eq!(at, "-4");
         assert!(refused("zzzzzzzz").2.unwrap().starts_with("known passes"));
     }
 

@@ -12,7 +12,7 @@ use crate::gram::{self, Gram, quadratic_of};
 use crate::grid::{self, Clip, Float, Layout, Matrix, Ranges};
 use crate::group::{self, Group, Rows, groups};
 use crate::qtensor::QTensor;
-use crate::quantize::{GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix};
+use crate::quantize::{Clipping, GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix};
 use crate::store::{Finished, Key, Work, original};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
 use dialects::ir::{Module, Op, OpBuilder, Symbol, Use, Value};
@@ -39,7 +39,7 @@ pub struct Awq {
 
 impl Default for Awq {
     fn default() -> Awq {
-        let options = GridOptions { clip: true, ..GridOptions::default() };
+        let options = GridOptions { clip: Clipping::Search, ..GridOptions::default() };
         Awq { options, round: true, grid: 20, filter: Filter::default() }
     }
 }

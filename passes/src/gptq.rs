@@ -10,9 +10,9 @@ use crate::gram;
 use crate::grid::compensate::{self, Method};
 use crate::grid::{self, Cost, Float, Layout, Matrix};
 use crate::group::{self, Group, groups};
-use crate::quantize::{GridOptions, Notes, Shared, dequantize, each, quantize, quantize_matrix};
+use crate::quantize::{Clipping, GridOptions, Notes, Shared, dequantize, each, quantize, quantize_matrix};
 use crate::store::{Finished, Key, Work};
-use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
+use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError, WeightReport};
 use dialects::ir::Module;
 use sequential::{Pair, Seen};
 use serde::{Deserialize, Serialize};
@@ -63,7 +63,7 @@ pub enum Sequential {
 impl Default for Gptq {
     fn default() -> Gptq {
         Gptq {
-            options: GridOptions { clip: true, ..GridOptions::default() },
+            options: GridOptions { clip: Clipping::Search, ..GridOptions::default() },
             act_order: true,
             static_groups: true,
             damp: 0.01,
@@ -77,6 +77,9 @@ impl Default for Gptq {
 }
 
 const NAME: &str = "gptq";
+
+/// Beyond this nothing is gained: turns end when nothing moves.
+const MOST_SWEEPS: u32 = 100;
 
 impl Pass for Gptq {
     fn name(&self) -> &'static str {
@@ -114,6 +117,25 @@ impl Pass for Gptq {
     }
 }
 
+/// What is to be said of weights whose inputs are more than the rows of data that reached them.
+fn few_rows(weights: &[WeightReport]) -> Option<String> {
+    let few: Vec<(&WeightReport, u64)> = weights
+        .iter()
+        .filter_map(|w| Some((w, w.rows?)))
+        .filter(|&(w, rows)| (1..w.k as u64).contains(&rows))
+        .collect();
+    // The one that is determined the least stands for all.
+    let (worst, rows) = few.iter().min_by(|a, b| (a.1 * b.0.k as u64).cmp(&(b.1 * a.0.k as u64)))?;
+    let others = match few.len() {
+        1 => String::new(),
+        n => format!(", nor those of {} other weights", n - 1),
+    };
+    let WeightReport { weight, k, .. } = worst;
+    Some(format!(
+        "gptq: {rows} rows of calibration data do not determine the {k} inputs of {weight:?}{others}"
+    ))
+}
+
 impl Gptq {
     fn check(&self) -> Result<(), PassError> {
         self.options.check(NAME)?;
@@ -123,6 +145,9 @@ impl Gptq {
         }
         if !(1..=4096).contains(&self.block) {
             return fail("block", &format!("expected 1 to 4096, found {}", self.block));
+        }
+        if self.sweeps > MOST_SWEEPS {
+            return fail("sweeps", &format!("expected up to {MOST_SWEEPS}, found {}", self.sweeps));
         }
         if self.act_order && !self.static_groups {
             let why = "with act_order=true groups are static: no runtime reads weights whose groups are out of order";
@@ -176,7 +201,10 @@ impl Gptq {
             }
             pair.iter_mut().for_each(|pair| pair.differ = true);
         }
-        group::finish(m, cx, NAME, work, &self.filter, &self.options, first)
+        group::finish(m, cx, NAME, work, &self.filter, &self.options, first)?;
+        let few = few_rows(&cx.report.weights[first..]);
+        few.into_iter().for_each(|warning| cx.report.warn(warning));
+        Ok(())
     }
 
     /// Which groups are watched together, in program order.
@@ -225,12 +253,6 @@ impl Gptq {
             let why = "its Gram matrix has no Cholesky factor with less";
             cx.report.warn(format!("gptq: {what}: damp raised from {asked} to {}: {why}", cost.damp));
         }
-        if rows < k as u64 {
-            let what = m.value_label(group.x);
-            cx.report.warn(format!(
-                "gptq: {what}: {rows} rows of calibration data for {k} inputs do not determine them"
-            ));
-        }
         let pull = cost.as_ref().filter(|_| seen.pull.iter().any(Option::is_some)).and_then(Cost::pull);
         for (shared, difference) in group.weights.iter().zip(seen.pull) {
             let w = group::rows(m, NAME, shared)?;
@@ -246,6 +268,7 @@ impl Gptq {
                 cx.report.warn(format!("gptq: {}: {why}; rounded to nearest", shared.label(m)));
                 let notes = Notes { method: "rtn".into(), notes, ..Notes::default() };
                 done.push(quantize(m, cx, NAME, shared, options, notes)?);
+                cx.report.weights[first + done.len() - 1].rows = Some(rows);
                 continue;
             };
             let method = Method {
@@ -262,7 +285,9 @@ impl Gptq {
             let mut judge = Judge::new(&w.values, w.n, k, Some(&cost.h));
             judge.step("rtn", &grid::nearest(w.values.clone(), k, &spec));
             judge.step(NAME, &dequantize(&q)?);
-            judge.finish(&mut cx.report.weights[first + done.len()]);
+            let report = &mut cx.report.weights[first + done.len()];
+            judge.finish(report);
+            report.rows = Some(rows);
             done.push(q);
         }
         Ok(Finished { scale: None, weights: done, said: cx.report.since(&mark) })

@@ -1,7 +1,7 @@
 //! Weights by the value that their linears read: what passes that look at activations work through.
 
 use crate::linear::Form;
-use crate::quantize::{GridOptions, Notes, Shared, candidates, quantize};
+use crate::quantize::{Clipping, GridOptions, Notes, Shared, candidates, quantize};
 use crate::store::Work;
 use crate::{Filter, PassCx, PassError};
 use dialects::ir::{Module, Value};
@@ -101,7 +101,7 @@ pub fn finish(
         let notes = vec![format!("rounded to nearest: {why}")];
         let notes = Notes { method: "rtn".into(), output_error: None, notes };
         // What clipping would do without data is another thing than what was asked for.
-        let options = GridOptions { clip: false, ..options.clone() };
+        let options = GridOptions { clip: Clipping::No, ..options.clone() };
         work.once(m, cx, &shared, |m, cx| quantize(m, cx, pass, &shared, &options, notes))?;
     }
     in_program_order(m, cx, first);

@@ -12,6 +12,7 @@ use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Region, Type, Value};
 use dialects::tensor::Tensor;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
 
 /// The grid that a pass is asked for. Part of the options of every pass that quantizes weights (`#[serde(flatten)]` it).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,16 +24,53 @@ pub struct GridOptions {
     pub group: i64,
     /// Zero points fixed in the middle of the codes.
     pub symmetric: bool,
-    /// Each group's range is clipped where that loses less, in place of one that spans its weights: less of the output
-    /// where a pass has calibration data, less of the weights without.
-    pub clip: bool,
+    /// Whether each group's range is clipped, in place of one that spans its weights.
+    pub clip: Clipping,
     /// In place of clipping, each group's grid is refined by half-quadratic splitting, which needs no data.
     pub hqq: bool,
 }
 
+/// How ranges are clipped: `false`, `true`, or the share that is kept of them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(into = "Json", try_from = "Json")]
+pub enum Clipping {
+    /// Not at all.
+    No,
+    /// Where that loses less: less of the output where a pass has calibration data, less of the weights without.
+    Search,
+    /// Both ends of every range are moved to this share of it, above 0 and below 1.
+    Share(f32),
+}
+
+impl From<Clipping> for Json {
+    fn from(clip: Clipping) -> Json {
+        match clip {
+            Clipping::No => false.into(),
+            Clipping::Search => true.into(),
+            // The digits that were given, not those of the wider type.
+            Clipping::Share(share) => share.to_string().parse::<f64>().unwrap_or(share.into()).into(),
+        }
+    }
+}
+
+impl TryFrom<Json> for Clipping {
+    type Error = String;
+    fn try_from(value: Json) -> Result<Clipping, String> {
+        match (value.as_bool(), value.as_f64()) {
+            (Some(true), _) => Ok(Clipping::Search),
+            (Some(false), _) => Ok(Clipping::No),
+            (_, Some(1.0)) => Ok(Clipping::No),
+            (_, Some(share)) if share > 0.0 && share < 1.0 => Ok(Clipping::Share(share as f32)),
+            _ => Err(format!(
+                "expected true, false, or a share of the range above 0 and up to 1, found {value}"
+            )),
+        }
+    }
+}
+
 impl Default for GridOptions {
     fn default() -> GridOptions {
-        GridOptions { bits: 4, group: 32, symmetric: false, clip: false, hqq: false }
+        GridOptions { bits: 4, group: 32, symmetric: false, clip: Clipping::No, hqq: false }
     }
 }
 
@@ -54,7 +92,8 @@ impl GridOptions {
 
     /// The grid of a weight with `k` inputs, whose scales are of the type `scales`.
     pub fn spec(&self, k: usize, scales: Float) -> Spec {
-        let group_size = usize::try_from(self.group).unwrap_or(k);
+        // A group reaches no further than the inputs do, but for the power of two that kernels read.
+        let group_size = usize::try_from(self.group).unwrap_or(k).min(k.next_power_of_two().max(16));
         Spec { bits: self.bits, group_size, symmetric: self.symmetric, scales }
     }
 
@@ -62,8 +101,9 @@ impl GridOptions {
     pub fn ranges(&self) -> Ranges {
         match (self.hqq, self.clip) {
             (true, _) => Ranges::Hqq,
-            (false, true) => Ranges::Clip,
-            (false, false) => Ranges::Span,
+            (false, Clipping::Search) => Ranges::Clip,
+            (false, Clipping::Share(share)) => Ranges::Share(share),
+            (false, Clipping::No) => Ranges::Span,
         }
     }
 

@@ -37,6 +37,8 @@ pub struct WeightReport {
     pub mean_error: f64,
     /// |XW - XQ(W)| / |XW| on the calibration data, Frobenius; `None` without calibration.
     pub output_error: Option<f64>,
+    /// Rows of calibration data that reached its inputs; `None` without calibration.
+    pub rows: Option<u64>,
     /// The errors after each step of the method, in order; the last are those above.
     pub steps: Vec<StepErrors>,
     /// What else is to be known of it: where its scale went, that it was clipped.

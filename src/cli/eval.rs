@@ -6,6 +6,7 @@ use crate::data::tokens::{self, Rows, Take};
 use crate::driver;
 use crate::error::Error;
 use crate::eval::{EvalError, Scores, Subject, evaluate};
+use crate::report::paint::nats;
 use dialects::ir::interp::Interpreter;
 use std::path::{Path, PathBuf};
 
@@ -76,7 +77,7 @@ fn text(s: &Scores, rows: &Rows, notes: &[String]) -> String {
     if let Some(a) = &s.against {
         line("baseline perplexity", format!("{:.4}", a.baseline_perplexity));
         line("baseline top-1", format!("{:.4}", a.baseline_top1));
-        line("KL divergence", format!("{:.6} nats", a.kl));
+        line("KL divergence", format!("{} nats", nats(a.kl)));
         line("top-1 agreement", format!("{:.4}", a.agreement));
     }
     out

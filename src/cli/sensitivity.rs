@@ -10,7 +10,7 @@ use super::measuring::{self, Measuring};
 use super::{Context, painter, print, print_json};
 use crate::error::Error;
 use crate::pipeline::Pipeline;
-use crate::report::paint::{Table, bytes, percent, shorten};
+use crate::report::paint::{Table, bytes, nats, percent, shorten};
 use dialects::ir::Module;
 use passes::sensitivity::Variant;
 use passes::{Distance, Progress, dce};
@@ -270,9 +270,9 @@ fn text(found: &Found, with: &Measuring) -> String {
         t.row([
             shorten(&w.weight, NAME_WIDTH),
             format!("{} x {}", w.k, w.n),
-            format!("{:.6}", w.alone.kl),
+            nats(w.alone.kl),
             change(&w.alone),
-            format!("{:.6}", w.all_but.kl),
+            nats(w.all_but.kl),
             saved,
             recommendation(w),
         ]);
@@ -280,7 +280,7 @@ fn text(found: &Found, with: &Measuring) -> String {
     p.table(&mut out, t);
     with.said(&mut out, &p);
     let whole = |w: &Whole| {
-        format!("KL {:.6}, {} {}, {}", w.distance.kl, &second[1..], change(&w.distance), bytes(w.bytes))
+        format!("KL {}, {} {}, {}", nats(w.distance.kl), &second[1..], change(&w.distance), bytes(w.bytes))
     };
     p.line(&mut out, &format!("all quantized:    {}", whole(&found.all)));
     p.line(&mut out, &format!("as recommended:   {}", whole(&found.recommended)));

@@ -5,7 +5,7 @@ use super::measuring::{self, Measuring};
 use super::{Context, painter, print, print_json};
 use crate::error::Error;
 use crate::pipeline::{Pipeline, literal};
-use crate::report::paint::{Table, bytes};
+use crate::report::paint::{Table, bytes, nats};
 use passes::{Distance, WeightReport, dce};
 use serde::Serialize;
 use serde_json::{Value as Json, json};
@@ -24,7 +24,7 @@ pub(super) struct Args {
     /// Zero points in the middle of the codes, or not
     #[arg(long, value_name = "BOOL,BOOL", value_delimiter = ',', default_values_t = [false], action = clap::ArgAction::Append)]
     symmetric: Vec<bool>,
-    /// Values for the option `clip` of passes that have it: true, false, or what else it takes [default: its own]
+    /// Clipping to try, where a pass has it: true, false, or shares of the range, such as 0.9 [default: its own]
     #[arg(long, value_name = "VALUE,VALUE", value_delimiter = ',')]
     clip: Vec<String>,
     #[command(flatten)]
@@ -122,7 +122,7 @@ fn ways(args: &Args, cx: &Context) -> Result<Vec<(String, Pipeline)>, Error> {
     match unclipped {
         true => Err(Error::usage(
             "--clip is given, but no method has an option clip",
-            "leave it out, or give awq",
+            "leave it out, or give rtn",
         )),
         false => Ok(out),
     }
@@ -193,7 +193,7 @@ fn text(found: &Found, with: &Measuring) -> String {
             bytes(point.bytes),
             format!("{:.3}", point.bits_per_weight),
             format!("{:.2e}", point.rmse),
-            format!("{:.6}", point.distance.kl),
+            nats(point.distance.kl),
             match point.distance.perplexity {
                 Some(x) => format!("{x:.4}"),
                 None => format!("{:.2e}", point.distance.error.unwrap_or(f64::NAN).sqrt()),

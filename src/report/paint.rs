@@ -10,6 +10,14 @@ const STYLE: TableStyle = TableStyle::new().header_separator(LineStyle::none().f
 /// The least width of a last column that wraps.
 const LAST_WIDTH: u16 = 24;
 
+/// A divergence: `0.002630`, or `3.10e-6` where that says more.
+pub fn nats(kl: f64) -> String {
+    match kl > 0.0 && kl < 1e-4 {
+        true => format!("{kl:.2e}"),
+        false => format!("{kl:.6}"),
+    }
+}
+
 /// Bytes for people: `94.5 KiB`.
 pub fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -196,13 +196,15 @@ pub trait Quantizer: Sync {
 }
 
 /// How the range of a group is found where there is no data.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Ranges {
     /// It spans the weights: [`Rtn`].
     #[default]
     Span,
     /// It is clipped: [`Shrink`].
     Clip,
+    /// This share of what spans the weights.
+    Share(f32),
     /// It is refined by half-quadratic splitting: [`Hqq`].
     Hqq,
 }
@@ -212,7 +214,7 @@ impl Ranges {
     pub fn name(self) -> &'static str {
         match self {
             Ranges::Span => "rtn",
-            Ranges::Clip => "clip",
+            Ranges::Clip | Ranges::Share(_) => "clip",
             Ranges::Hqq => "hqq",
         }
     }
@@ -225,6 +227,10 @@ impl Ranges {
                 clip::Grid { scale, zero }
             }
             Ranges::Clip => Shrink::grid(spec, x),
+            Ranges::Share(share) => {
+                let (scale, zero) = clip::shrunk(spec, &Range::of(x), share, share);
+                clip::Grid { scale, zero }
+            }
             Ranges::Hqq => Hqq::grid(spec, x),
         }
     }
@@ -240,6 +246,11 @@ impl Quantizer for Ranges {
             Ranges::Span => Rtn.block(spec, at, x, out, space),
             Ranges::Clip => Shrink.block(spec, at, x, out, space),
             Ranges::Hqq => Hqq.block(spec, at, x, out, space),
+            Ranges::Share(_) => {
+                let grid = self.grid(spec, x);
+                (out.scale, out.zero) = (grid.scale, grid.zero);
+                encode(spec, x, out)
+            }
         }
     }
 }

@@ -268,6 +268,21 @@ fn weights() -> impl Strategy<Value = (usize, usize, Vec<f32>)> {
     })
 }
 
+/// Both ends move to a share of the range; beyond them are the codes of the ends. By hand: from -0.8 to 1.6 in 15 steps of
+/// 0.16, zero at code 5.
+#[test]
+fn a_share_of_the_range_is_kept() {
+    let mut w = vec![0.0; 16];
+    w[..4].copy_from_slice(&[-1.0, 2.0, 0.5, -0.31]);
+    let raw = bytes(&w);
+    let spec = spec(4, 16, false);
+    let q = run_as(&nk(&raw, 1, 16), &spec, Ranges::Share(0.8)).unwrap();
+    assert!((q.scales[0] - 0.16).abs() < 1e-7 && q.zeros[0] == 5);
+    assert_eq!(q.codes[..2], [0xF0, 0x38]);
+    let whole = run_as(&nk(&raw, 1, 16), &spec, Ranges::Share(1.0)).unwrap();
+    assert_eq!(whole.scales, run(&nk(&raw, 1, 16), &spec).unwrap().scales);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

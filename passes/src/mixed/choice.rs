@@ -1,6 +1,6 @@
 //! What a layer may become, as text: `4/32` is 4 bits in groups of 32.
 
-use crate::quantize::GridOptions;
+use crate::quantize::{Clipping, GridOptions};
 use crate::{Filter, PASSES, Pass, f16_weights};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
@@ -103,7 +103,7 @@ impl Choice {
     pub(super) fn gptq(&self) -> Option<GridOptions> {
         match self {
             Choice::Codes { grid, method: Some(method) } if method.is_gptq() => {
-                Some(GridOptions { clip: true, ..grid.clone() })
+                Some(GridOptions { clip: Clipping::Search, ..grid.clone() })
             }
             _ => None,
         }

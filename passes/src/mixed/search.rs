@@ -242,11 +242,11 @@ impl Work<'_> {
     /// too large, the budget shrinks by what is too much.
     fn within_size(&mut self, cx: &mut PassCx, size: Size, base: i64) -> Result<Found, PassError> {
         let size_limit = i64::try_from(size.0).unwrap_or(i64::MAX);
-        let mut budget = size_limit - base;
+        let smallest = solver::smallest(self.items);
+        let mut budget = (size_limit - base).max(smallest);
         loop {
             let Some((taken, other)) = self.solve(budget) else {
-                let least = Size(u64::try_from(solver::smallest(self.items) + base).unwrap_or(0));
-                let why = format!("the smallest choices make a file of about {least}, found {size}");
+                let why = "no choice for every layer fits".into();
                 return Err(PassError::Option { pass: NAME, option: "size", why });
             };
             let file = self.trial(cx, &taken, |m, cx, report| finished(m, cx, report.weights)?.bytes(cx))?;
@@ -254,7 +254,11 @@ impl Work<'_> {
             if over <= 0 {
                 return Ok((format!("size={size}"), taken, other));
             }
-            budget = (budget - over).min(taken.sum.bytes - 1);
+            if taken.sum.bytes <= smallest {
+                let why = format!("the smallest choices make a file of {}, found {size}", Size(file));
+                return Err(PassError::Option { pass: NAME, option: "size", why });
+            }
+            budget = (budget - over).min(taken.sum.bytes - 1).max(smallest);
         }
     }
 
