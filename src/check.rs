@@ -6,6 +6,8 @@
 //! not say what its weights stand for, they are dequantized and put into the graph as it was before the pass, and that
 //! graph must agree with the pass's result. Int8 activations (`accuracy_level` 4) are an error term of their own.
 
+mod locate;
+
 use crate::data::lm::inputs_of;
 use crate::env::DriverEnv;
 use dialects::exec::run_once;
@@ -18,6 +20,9 @@ use passes::{Exactness, Pass};
 use serde::Serialize;
 use std::collections::HashSet;
 
+/// Samples that both models are run on: a row of activations that saturate hides what is wrong before them.
+const SAMPLES: usize = 8;
+
 /// What `--check` found, as relative errors of the model's outputs (Frobenius, the worst output).
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Checked {
@@ -29,41 +34,51 @@ pub struct Checked {
     pub activations: Option<f64>,
 }
 
-/// Checks one pass on the first calibration batch. The error says what was expected and what was found.
+/// Checks one pass on the first calibration samples. The error says what was expected and what was found, and at which
+/// node the difference begins.
 pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -> Result<Checked, String> {
     let run = |m: &Module| outputs(m, env, true);
     let (a, b) = (run(before)?, run(after)?);
     let activations = error(&b, &outputs(after, env, false)?).0;
     let activations = (activations != 0.0).then_some(activations);
     let tolerance = tolerance(before);
-    let agree = |what: &str, (e, output): (f64, usize)| -> Result<f64, String> {
+    // Whether two models agree, of which `found` are the outputs.
+    let agree = |what: &str, models: (&Module, &Module), found: (&[Item], &[Item])| -> Result<f64, String> {
+        let (e, output) = error(found.0, found.1);
         // Written so that a NaN fails.
         if e <= tolerance {
             return Ok(e);
         }
-        let name = before.value_label(before.regions[before.top].results[output]);
+        let results = &before.regions[before.top].results;
+        let output = output % results.len();
+        let name = before.value_label(results[output]);
+        let values = |m: &Module, wanted: &[Value]| values(m, env, true, wanted);
+        let at = locate::locate(models.0, models.1, output, tolerance, &values);
+        let at = at.map(|at| format!("; it begins at {at}")).unwrap_or_default();
         Err(format!(
-            "{what}: output {name:?} differs by {e:.2e} (relative), where rounding allows {tolerance:.0e}"
+            "{what}: output {name:?} differs by {e:.2e} (relative), where rounding allows {tolerance:.0e}{at}"
         ))
     };
     if pass.exactness() == Exactness::Exact {
-        let wiring = agree("wiring error of an exact pass", error(&a, &b))?;
+        let wiring = agree("wiring error of an exact pass", (before, after), (&a, &b))?;
         return Ok(Checked { wiring: Some(wiring), quantization: None, activations });
     }
+    let what = "wiring error beside the quantized weights";
     let originals = env.originals.as_ref();
     let originals: Vec<(Value, Tensor)> = originals
         .map(|o| std::mem::take(&mut *o.lock().unwrap_or_else(|e| e.into_inner())))
         .unwrap_or_default();
     if !originals.is_empty() {
-        let float = run(&with_floats(after.clone(), originals)?)?;
-        let wiring = agree("wiring error beside the quantized weights", error(&a, &float))?;
+        let floats = with_floats(after.clone(), originals)?;
+        let float = run(&floats)?;
+        let wiring = agree(what, (before, &floats), (&a, &float))?;
         return Ok(Checked { wiring: Some(wiring), quantization: Some(error(&float, &b).0), activations });
     }
     let Some(dequantized) = with_weights_of(before.clone(), after, env)? else {
         return Ok(Checked { wiring: None, quantization: Some(error(&a, &b).0), activations });
     };
     let d = run(&dequantized)?;
-    let wiring = agree("wiring error beside the quantized weights", error(&d, &b))?;
+    let wiring = agree(what, (&dequantized, after), (&d, &b))?;
     Ok(Checked { wiring: Some(wiring), quantization: Some(error(&a, &d).0), activations })
 }
 
@@ -87,13 +102,21 @@ fn tolerance(m: &Module) -> f64 {
     if m.values.values().any(narrow) { 2e-2 } else { 1e-4 }
 }
 
-/// The model's outputs on the first calibration batch; `exact` leaves out int8 activations.
+/// The model's outputs on the first calibration batches; `exact` leaves out int8 activations.
 fn outputs(m: &Module, env: &DriverEnv, exact: bool) -> Result<Vec<Item>, String> {
+    values(m, env, exact, &m.regions[m.top].results)
+}
+
+/// Values of a model on each of the first calibration batches, one batch after the other.
+fn values(m: &Module, env: &DriverEnv, exact: bool, wanted: &[Value]) -> Result<Vec<Item>, String> {
     let data = env.calibration.as_ref().ok_or("there are no sample inputs")?;
-    let batch = data.batches().next().ok_or("there are no sample inputs")?;
-    let inputs = inputs_of(m, batch.map_err(|e| e.message)?);
     let exec = Interpreter::new(env.ops.clone()).exact(exact);
-    run_once(&exec, m, &inputs, &m.regions[m.top].results).map_err(|e| e.to_string())
+    let mut out = Vec::new();
+    for batch in data.first(SAMPLES) {
+        let inputs = inputs_of(m, batch.map_err(|e| e.message)?);
+        out.extend(run_once(&exec, m, &inputs, wanted).map_err(|e| e.to_string())?);
+    }
+    Ok(out)
 }
 
 /// `m` with every operand that `after` computes from constants, and `m` does not have so, in its place: the

@@ -514,7 +514,10 @@ fn measured_as_text() {
         text.replace(|c: char| c.is_ascii_digit(), "0")
     };
     snapshot("sensitivity", &text(&["sensitivity", MODEL]));
-    snapshot("sweep", &text(&["sweep", MODEL, "--method", "rtn,awq", "--bits", "4", "--clip", "false,0.9,true"]));
+    snapshot(
+        "sweep",
+        &text(&["sweep", MODEL, "--method", "rtn,awq", "--bits", "4", "--clip", "false,0.9,true"]),
+    );
 }
 
 #[test]

@@ -107,6 +107,11 @@ impl<'a> Judge<'a> {
         self.steps.push(StepErrors { step: step.to_string(), weight_error, output_error });
     }
 
+    /// The error of the output after the last step.
+    pub fn output_error(&self) -> Option<f64> {
+        self.steps.last()?.output_error
+    }
+
     /// Puts the steps into the weight's report, and what the last of them cost as its errors.
     pub fn finish(self, report: &mut WeightReport) {
         if let Some(last) = self.steps.last() {

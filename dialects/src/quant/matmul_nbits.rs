@@ -16,7 +16,7 @@ use std::borrow::Cow;
 
 /// The ops of this file.
 pub const OPS: &[OpDef] =
-    &[OpDef { name: "com.microsoft.MatMulNBits", operands: (3, 6), infer, eval, ..OpDef::NEW }];
+    &[OpDef { name: "com.microsoft.MatMulNBits", operands: (3, 6), infer, verify, eval, ..OpDef::NEW }];
 
 /// Rows of W that a task dequantizes at a time, whatever K.
 const TILE: usize = 128;
@@ -54,6 +54,31 @@ fn infer(cx: &InferCx) -> Inferred {
     let (last, lead) = dims.split_last().ok_or_else(wrong)?;
     last.unify(&Dim::from(form.k)).ok_or_else(wrong)?;
     Ok(vec![Type::tensor(elem, lead.iter().cloned().chain([Dim::from(form.n)])).into()])
+}
+
+/// What the runtime's kernels take: blocks of a power of two from 16 on, and parts that fit them.
+fn verify(cx: &InferCx) -> Result<(), OpError> {
+    let form = Form::of(cx.attrs)?;
+    if form.group < 16 || !form.group.is_power_of_two() {
+        let message = format!("block_size is {}, expected a power of two from 16 on", form.group);
+        return Err(OpError::invalid(message));
+    }
+    let level = cx.attrs.int("accuracy_level").unwrap_or(0);
+    if !(0..=4).contains(&level) {
+        return Err(OpError::invalid(format!("accuracy_level is {level}, expected 0 to 4")));
+    }
+    let groups = form.k.div_ceil(form.group);
+    let too_large = || OpError::invalid("its parts are too large to be counted");
+    let scales = form.n.checked_mul(groups).ok_or_else(too_large)?;
+    let codes = scales.checked_mul(form.group * form.bits / 8).ok_or_else(too_large)?;
+    for (i, what, want) in [(1, "bytes of codes", codes), (2, "scales", scales)] {
+        let found = cx.ty(i).as_tensor().and_then(|t| t.known_shape());
+        let found = found.and_then(|shape| shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)));
+        if let Some(found) = found.filter(|&n| n != want) {
+            return Err(OpError::invalid(format!("there are {found} {what}, expected {want}")));
+        }
+    }
+    Ok(())
 }
 
 fn eval(cx: &EvalCx) -> Evaluated {

@@ -5,10 +5,11 @@ use super::Measure;
 use super::choice::Choice;
 use super::finish::finished;
 use super::report::Cost;
-use crate::gram::{self, Gram, quadratic_of};
-use crate::group::watched;
+use crate::errors::Judge;
+use crate::gram::{self, Gram};
+use crate::group::{rows, watched};
 use crate::qtensor::QTensor;
-use crate::quantize::{Shared, dequantize, matrix};
+use crate::quantize::{Shared, dequantize};
 use crate::sensitivity::Variant;
 use crate::{Filter, PassCx, PassError, Report, WeightReport};
 use dialects::ir::{Module, Value};
@@ -173,24 +174,13 @@ impl Question<'_> {
 /// |X E^T|^2 / |X W^T|^2 of a weight that `quantized` holds in codes; `None` where it holds no codes, or X is zero.
 fn output_error2(m: &Module, w: &Shared, quantized: &Module, gram: &Gram) -> Result<Option<f64>, PassError> {
     let l = w.first();
-    let fail = |why: String| PassError::At { pass: super::NAME, what: w.label(m), why };
     let Some((q, _)) = quantized.ops[l.op].operand(l.operand_index).and_then(|v| QTensor::of(quantized, v))
     else {
         return Ok(None);
     };
-    let rounded = dequantize(&q)?;
-    let bytes = m.consts[l.konst].read().map_err(|e| fail(e.to_string()))?;
-    let float = matrix(l, &bytes);
+    let float = rows(m, super::NAME, w)?;
     let g = gram.to_f32();
-    let weight = |at: usize| float.at(at / l.k, at % l.k);
-    let off = |from: usize, out: &mut [f32]| {
-        let at = from * l.k;
-        out.iter_mut().enumerate().for_each(|(i, e)| *e = rounded[at + i] - weight(at + i));
-    };
-    let plain = |from: usize, out: &mut [f32]| {
-        out.iter_mut().enumerate().for_each(|(i, x)| *x = weight(from * l.k + i));
-    };
-    let error = quadratic_of(l.n, l.k, &g, off).max(0.0);
-    let signal = quadratic_of(l.n, l.k, &g, plain);
-    Ok((signal > 0.0).then(|| error / signal))
+    let mut judge = Judge::new(&float.values, float.n, l.k, Some(&g));
+    judge.step("", &dequantize(&q)?);
+    Ok(judge.output_error().map(|e| e * e))
 }
