@@ -39,6 +39,7 @@ sys.path.append(str(HERE.parent / "tests/interop"))
 import variants
 from common import batches, kl, log_softmax, session, surprise
 from contents import contents
+from environments import environment
 from measure import measured
 
 WIDTHS = {"4g128": (4, 128), "4g32": (4, 32), "3g32": (3, 32), "2g32": (2, 32)}
@@ -241,16 +242,11 @@ class Bench:
 
     def environment(self, name):
         """The Python of a rival's environment, or the error that keeps it from being made."""
-        requirements = HERE / f"rivals-{name}.txt"
-        folder = self.work.path(f"env-{name}", digest(requirements))
-        done = folder / "installed"
-        if name not in self.environments and not done.exists():
-            subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-            run = measured([folder / "bin/pip", "install", "--quiet", "-r", requirements])
-            if run.status == 0:
-                done.touch()
-            self.environments[name] = reason(run.err) if run.status else None
-        return folder / "bin/python", self.environments.get(name)
+        if name not in self.environments:
+            folder = self.work.path(f"env-{name}", digest(HERE / f"rivals-{name}.txt"))
+            python, error = environment(name, folder)
+            self.environments[name] = python, error and reason(error)
+        return self.environments[name]
 
     def quantized(self, key, command, out, env=None):
         """Runs a command that writes `out`: seconds, memory, and the error if there is one."""
