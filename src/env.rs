@@ -14,6 +14,7 @@ use dialects::ir::interp::Interpreter;
 use dialects::ir::{Module, TensorSource, Value};
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
+use passes::ranges::Statistics;
 use passes::{CalibSink, Distance, Env, PassError, Progress, Scratch, Stream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -37,6 +38,8 @@ pub struct DriverEnv {
     pub output: Option<Output>,
     /// The model before the pipeline, to measure distances from.
     pub baseline: Option<Baseline>,
+    /// Statistics of activations that a pass left for those after it.
+    pub statistics: Mutex<Option<Statistics>>,
     /// Weights as they were before they were quantized, for `--check`; `None` keeps none.
     pub originals: Option<Mutex<Vec<(Value, Tensor)>>>,
 }
@@ -93,6 +96,10 @@ impl Env for DriverEnv {
             DistanceError::Exec(e) => e.into(),
             e => PassError::Env(format!("comparing with the model before the pipeline: {e}")),
         })
+    }
+
+    fn statistics(&self) -> Option<&Mutex<Option<Statistics>>> {
+        Some(&self.statistics)
     }
 
     fn file_bytes(&self, m: &Module) -> Result<u64, PassError> {

@@ -299,6 +299,7 @@ impl<'a> Case<'a> {
             calibration,
             output: None,
             baseline: Some(Baseline::new(m.clone(), usize::MAX)),
+            statistics: Default::default(),
             originals: None,
         };
         let options = Options { settings: self.settings()?, ..Options::default() };

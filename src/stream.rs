@@ -181,6 +181,7 @@ mod tests {
             output: None,
             baseline: None,
             store: None,
+            statistics: Default::default(),
             originals: None,
         };
         (m, env)

@@ -60,7 +60,7 @@ fn a_report() {
     assert_eq!(json["weights"].as_array().unwrap().len(), 28);
     assert_eq!(
         json["recipe"],
-        "rtn{bits=8, group=32, symmetric=false, clip=false, hqq=false, skip=[*lm_head*]},pack-int4"
+        "rtn{bits=8, group=32, symmetric=false, narrow=false, clip=false, hqq=false, skip=[*lm_head*]},pack-int4"
     );
     // The head and the embedding hold the same constant: both match, and both were asked for.
     let float = json["float"].as_array().unwrap();
@@ -375,7 +375,7 @@ fn the_model_says_how_it_was_made() {
     let json: serde_json::Value = serde_json::from_str(&ok(&["inspect", &second, "--json"])).unwrap();
     assert_eq!(
         json["recipe"],
-        "rtn{bits=4, group=32, symmetric=false, clip=false, hqq=false} --scale-type f16; pack-int4"
+        "rtn{bits=4, group=32, symmetric=false, narrow=false, clip=false, hqq=false} --scale-type f16; pack-int4"
     );
     // Without a pass, nothing is said, and nothing changes.
     ok(&[MODEL, "-o", &first]);

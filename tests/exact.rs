@@ -93,6 +93,7 @@ fn exact_passes_keep_the_function() {
         calibration: None,
         output: None,
         baseline: None,
+        statistics: Default::default(),
         originals: None,
     };
     let settings = Settings { allow_noop: true, ..Settings::default() };

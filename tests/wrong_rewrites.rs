@@ -258,6 +258,7 @@ fn env(m: &Module, registry: &Registry) -> DriverEnv {
         store: None,
         output: None,
         baseline: None,
+        statistics: Default::default(),
         originals: None,
     }
 }

@@ -66,7 +66,7 @@ fn main() {
         (Ranges::Clip, 2, 32, false, Layout::Kn),
         (Ranges::Hqq, 4, 32, false, Layout::Kn),
     ] {
-        let spec = Spec { bits, group_size, symmetric, scales: Float::F32 };
+        let spec = Spec { bits, group_size, symmetric, narrow: false, scales: Float::F32 };
         let (codes, groups) = spec.lens(N, K).expect("it fits");
         let count = bytes / (K * N * 4);
         let mut out: Vec<_> =

@@ -4,6 +4,7 @@
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
 pub mod awq;
+pub mod calibrate;
 pub mod computed;
 pub mod const_fold;
 pub mod dce;
@@ -16,6 +17,8 @@ pub mod gptq;
 pub mod gram;
 pub mod grid;
 pub mod group;
+pub mod insert_fake_quant;
+pub mod islands;
 pub mod linear;
 pub mod mixed;
 pub mod pack_int4;
@@ -23,6 +26,7 @@ pub mod pack_qdq;
 pub mod qtensor;
 pub mod quantize;
 pub mod raise_opset;
+pub mod ranges;
 pub mod report;
 pub mod rewrite;
 pub mod rtn;
@@ -39,6 +43,7 @@ use dialects::tensor::Tensor;
 pub use report::{Report, WeightReport};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeSet;
+use std::sync::Mutex;
 pub use store::Store;
 use thiserror::Error;
 
@@ -111,6 +116,11 @@ pub trait Env: Sync {
     /// The calibration data before the first op, to be led through the model. Fails as [`Env::calibrate`] does.
     fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError> {
         Err(PassError::Env("data cannot be led through a model step by step here".into()))
+    }
+
+    /// Where a pass leaves statistics of activations for those after it.
+    fn statistics(&self) -> Option<&Mutex<Option<ranges::Statistics>>> {
+        None
     }
 
     /// How far the outputs of `m` are from those of the model before the pipeline, over the calibration data, or as much
@@ -255,6 +265,10 @@ pub trait Pass: Send + Sync {
     fn compensates(&self) -> bool {
         false
     }
+    /// Whether it rounds activations: what it does to the model's output is no matter of its weights alone.
+    fn rounds_activations(&self) -> bool {
+        false
+    }
     /// Whether it runs the model on calibration data.
     fn needs_calibration(&self) -> bool {
         false
@@ -305,6 +319,8 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<awq::Awq>("awq"),
     || PassDef::of::<gptq::Gptq>("gptq"),
     || PassDef::of::<mixed::Mixed>(mixed::NAME),
+    || PassDef::of::<calibrate::Calibrate>("calibrate"),
+    || PassDef::of::<insert_fake_quant::InsertFakeQuant>("insert-fake-quant"),
     || PassDef::of::<f16_weights::F16Weights>(f16_weights::NAME),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),

@@ -64,7 +64,7 @@ pub fn pack_rest(m: &mut Module, cx: &mut PassCx, pass: &'static str) -> Result<
     let needed = found.iter().map(|(q, placed)| match () {
         // 2-bit elements came with opset 25, 4-bit ones and blocks with 21, scales in half precision with 19.
         () if container(q.bits) == 2 => 25,
-        () if !in_rows(m, q, placed) => 21,
+        () if !in_rows(m, q, placed) && !by_output(m, q, placed) => 21,
         () if q.scales.elem != Elem::F32 => 19,
         () => 13,
     });
@@ -96,7 +96,9 @@ pub fn warn_of_bf16(cx: &mut PassCx, elem: Elem) {
 /// reads. The runtime takes kernels so, and dequantizes them far faster than blocks.
 fn in_rows(m: &Module, q: &QTensor, placed: &Placed) -> bool {
     let weight = m.ops[placed.op].result(0).expect("a dequantize has a result");
-    let product = |u: &Use| matches!(u, Use::Operand(op, 1) if fuses(m, *op, placed));
+    // A Gemm of integers takes rows too.
+    let integers = |u: &Use, op: Op| m.ops[op].is("onnx.Gemm") && multiplies_codes(m, *u);
+    let product = |u: &Use| matches!(u, Use::Operand(op, 1) if fuses(m, *op, placed) && !integers(u, *op));
     let whole = q.group_size == q.k && container(q.bits) == 8;
     whole && placed.shape == [q.n, q.k] && !m.uses().of(weight).iter().any(product)
 }
@@ -126,17 +128,15 @@ fn rows(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result
         // Codes about their middle are signed integers, which need no zero point.
         None => {
             let signed: Vec<u8> = read(&q.codes)?.iter().map(|&c| c.wrapping_sub(q.middle())).collect();
-            (constant(Elem::I8, dims, signed), None)
+            // The runtime's Gemm of integers is fused only where zero points are given.
+            let gemm = users.iter().any(|u| matches!(u, Use::Operand(op, _) if m.ops[*op].is("onnx.Gemm")));
+            let zeros = gemm.then(|| constant(Elem::I8, per_row.clone(), vec![0; q.n]));
+            (constant(Elem::I8, dims, signed), zeros)
         }
     };
     let consts = [Some(codes), Some(parts(&q.scales, per_row)?), zero_points];
     let bytes = consts.iter().flatten().map(ConstData::byte_len).sum();
-    let region = m.ops[placed.op].region;
-    let operands = consts.into_iter().zip(["codes", "scales", "zero_points"]).filter_map(|(c, part)| {
-        let name = m.fresh_name(&format!("{}.q{}.{part}", placed.label, q.bits));
-        Some(m.add_const(region, name, c?))
-    });
-    let operands: Vec<Value> = operands.collect();
+    let operands = add_parts(m, q, placed, consts);
     let loc = m.ops[placed.op].loc.clone();
     let op = OpBuilder::new("onnx.DequantizeLinear", &loc).operands(operands).attr("axis", axis);
     let op = m.insert_before(placed.op, op.result(Type::of_shape(placed.elem, &shape)));
@@ -156,10 +156,33 @@ fn rows(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result
     Ok(users.len() as u64)
 }
 
+/// Whether a weight is written as `[K, N]` with one scale for each output: one of whole bytes that is multiplied with
+/// activations in 8 bits only. The runtime multiplies integers then.
+fn by_output(m: &Module, q: &QTensor, placed: &Placed) -> bool {
+    let weight = m.ops[placed.op].result(0).expect("a dequantize has a result");
+    let integers = |u: &Use| match u {
+        Use::Operand(op, 1) => fuses(m, *op, placed) && multiplies_codes(m, *u),
+        _ => false,
+    };
+    q.group_size >= q.k && container(q.bits) == 8 && m.uses().of(weight).iter().all(integers)
+}
+
+/// Adds codes, scales and zero points of a weight to its graph.
+fn add_parts(m: &mut Module, q: &QTensor, placed: &Placed, parts: [Option<ConstData>; 3]) -> Vec<Value> {
+    let region = m.ops[placed.op].region;
+    let named = parts.into_iter().zip(["codes", "scales", "zero_points"]);
+    let add = |(part, name): (Option<ConstData>, &str)| {
+        let name = m.fresh_name(&format!("{}.q{}.{name}", placed.label, q.bits));
+        part.map(|part| m.add_const(region, name, part))
+    };
+    named.filter_map(add).collect()
+}
+
 /// Codes, scales and zero points of one weight, `[K, N]` with blocks along axis 0; `[1, K, N]` when guarded.
 struct Columns {
-    operands: [Value; 3],
-    block: usize,
+    operands: Vec<Value>,
+    /// Inputs of a block; `None` where every output has one scale.
+    block: Option<usize>,
     bytes: u64,
     /// Whether a Squeeze keeps the runtime from fusing the weight with an activation that is dequantized too: of blocks
     /// of 8-bit codes it makes an integer product that then fails.
@@ -170,8 +193,13 @@ struct Columns {
 fn pack(m: &mut Module, cx: &mut PassCx, q: &QTensor, placed: &Placed) -> Result<u64, PassError> {
     let weight = m.ops[placed.op].result(0).expect("a dequantize has a result");
     let users: Vec<Use> = m.uses().of(weight).to_vec();
-    let guarded = container(q.bits) == 8 && users.iter().any(|u| multiplies_codes(m, *u));
-    let columns = Columns::new(m, q, placed, guarded)?;
+    let columns = match by_output(m, q, placed) {
+        true => Columns::by_output(m, q, placed)?,
+        false => {
+            let guarded = container(q.bits) == 8 && users.iter().any(|u| multiplies_codes(m, *u));
+            Columns::new(m, q, placed, guarded)?
+        }
+    };
     for (i, user) in users.iter().enumerate() {
         match *user {
             Use::Operand(op, 1) if fuses(m, op, placed) => linear(m, op, q, placed, &columns)?,
@@ -236,25 +264,40 @@ impl Columns {
             constant(elem, per_block, flat(&zero_points, bits)),
         ];
         let bytes = consts.iter().map(ConstData::byte_len).sum();
-        let region = m.ops[placed.op].region;
-        let names = ["codes", "scales", "zero_points"];
-        let mut operands = consts.into_iter().zip(names).map(|(c, part)| {
-            let name = m.fresh_name(&format!("{}.q{}.{part}", placed.label, q.bits));
-            m.add_const(region, name, c)
-        });
-        let operands = [(); 3].map(|()| operands.next().expect("three constants were made"));
-        Ok(Columns { operands, block, bytes, guarded })
+        let operands = add_parts(m, q, placed, consts.map(Some));
+        Ok(Columns { operands, block: Some(block), bytes, guarded })
+    }
+
+    /// With one scale for each output. Codes about their middle are signed integers, whose zero points are zero.
+    fn by_output(m: &mut Module, q: &QTensor, placed: &Placed) -> Result<Columns, PassError> {
+        let (shift, elem) = match &q.zero_points {
+            Some(_) => (0, Elem::U8),
+            None => (q.middle(), Elem::I8),
+        };
+        let codes: Vec<u8> = codes(q, 8)?.into_iter().map(|c| c.wrapping_sub(shift)).collect();
+        let outputs = vec![q.n as u64];
+        let zero_points = q.zero_points.as_ref().map(read).transpose()?;
+        let zero_points = zero_points.map_or_else(|| vec![0; q.n], |z| z.to_vec());
+        let consts = [
+            Some(constant(elem, vec![q.k as u64, q.n as u64], codes)),
+            Some(constant(q.scales.elem, outputs.clone(), read(&q.scales)?.to_vec())),
+            Some(constant(elem, outputs, zero_points)),
+        ];
+        let bytes = consts.iter().flatten().map(ConstData::byte_len).sum();
+        let operands = add_parts(m, q, placed, consts);
+        Ok(Columns { operands, block: None, bytes, guarded: false })
     }
 
     /// Puts the weight as `[K, N]` before `at`.
     fn insert(&self, m: &mut Module, at: Op, q: &QTensor, elem: Elem) -> Value {
         let loc = m.ops[at].loc.clone();
         let dims = [1, q.k, q.n];
-        let dequantize = OpBuilder::new("onnx.DequantizeLinear", &loc)
-            .operands(self.operands)
-            .attr("axis", i64::from(self.guarded))
-            .attr("block_size", self.block as i64)
-            .result(Type::of_shape(elem, &dims[usize::from(!self.guarded)..]));
+        let dequantize = OpBuilder::new("onnx.DequantizeLinear", &loc).operands(self.operands.clone());
+        let dequantize = match self.block {
+            Some(block) => dequantize.attr("axis", i64::from(self.guarded)).attr("block_size", block as i64),
+            None => dequantize.attr("axis", 1),
+        };
+        let dequantize = dequantize.result(Type::of_shape(elem, &dims[usize::from(!self.guarded)..]));
         let mut op = m.insert_before(at, dequantize);
         if self.guarded {
             let axes = constant(Elem::I64, vec![1], 0i64.to_le_bytes().to_vec());
@@ -269,8 +312,12 @@ impl Columns {
 /// Rewrites one MatMul or Gemm.
 fn linear(m: &mut Module, op: Op, q: &QTensor, placed: &Placed, w: &Columns) -> Result<(), PassError> {
     let weight = w.insert(m, op, q, placed.elem);
-    if m.ops[op].is("onnx.MatMul") {
+    // A Gemm of integers stays one: the runtime has a kernel for it, with the bias.
+    if m.ops[op].is("onnx.MatMul") || w.block.is_none() {
         m.ops[op].operands[1] = Some(weight);
+        if m.ops[op].attrs.int("transB").is_some() {
+            m.ops[op].attrs.set("transB", 0.into());
+        }
         return Ok(());
     }
     let gemm = Gemm::new(m, NAME, op, q.n)?;

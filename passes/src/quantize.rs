@@ -24,6 +24,8 @@ pub struct GridOptions {
     pub group: i64,
     /// Zero points fixed in the middle of the codes.
     pub symmetric: bool,
+    /// Of a symmetric grid: it reaches as far above zero as below, with positive scales, as products of integers want it.
+    pub narrow: bool,
     /// Whether each group's range is clipped, in place of one that spans its weights.
     pub clip: Clipping,
     /// In place of clipping, each group's grid is refined by half-quadratic splitting, which needs no data.
@@ -70,7 +72,7 @@ impl TryFrom<Json> for Clipping {
 
 impl Default for GridOptions {
     fn default() -> GridOptions {
-        GridOptions { bits: 4, group: 32, symmetric: false, clip: Clipping::No, hqq: false }
+        GridOptions { bits: 4, group: 32, symmetric: false, narrow: false, clip: Clipping::No, hqq: false }
     }
 }
 
@@ -80,6 +82,9 @@ impl GridOptions {
         let fail = |option, why| Err(PassError::Option { pass, option, why });
         if !(2..=8).contains(&self.bits) {
             return fail("bits", format!("expected 2 to 8, found {}", self.bits));
+        }
+        if self.narrow && !self.symmetric {
+            return fail("narrow", "expected false where symmetric=false, found true".into());
         }
         if self.group != -1 && (!(16..=256).contains(&self.group) || self.group % 16 != 0) {
             return fail(
@@ -94,7 +99,7 @@ impl GridOptions {
     pub fn spec(&self, k: usize, scales: Float) -> Spec {
         // A group reaches no further than the inputs do, but for the power of two that kernels read.
         let group_size = usize::try_from(self.group).unwrap_or(k).min(k.next_power_of_two().max(16));
-        Spec { bits: self.bits, group_size, symmetric: self.symmetric, scales }
+        Spec { bits: self.bits, group_size, symmetric: self.symmetric, narrow: self.narrow, scales }
     }
 
     /// How the ranges of groups are found.
@@ -406,7 +411,8 @@ pub fn dequantize(q: &QTensor) -> Result<Vec<f32>, PassError> {
         Elem::BF16 => scales.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
         _ => bytemuck::pod_collect_to_vec(&scales),
     };
-    let spec = Spec { bits: q.bits, group_size: q.group_size, symmetric: false, scales: Float::F32 };
+    let spec =
+        Spec { bits: q.bits, group_size: q.group_size, symmetric: false, narrow: false, scales: Float::F32 };
     let mut out = vec![0.0; q.n * q.k];
     grid::pack::dequantize(&spec, q.n, q.k, &read(&q.codes)?, &scales, &q.zero_point_bytes()?, &mut out)
         .map_err(|e| PassError::Env(e.to_string()))?;

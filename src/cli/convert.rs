@@ -85,6 +85,7 @@ fn raise(m: &mut Module, found: Vec<Diagnostic>, n: i64, args: &Args, cx: &Conte
         calibration: None,
         output: None,
         baseline: None,
+        statistics: Default::default(),
         originals: None,
     };
     driver::run(m, &pipeline, &cx.registry, &env, &driver::Options::default())?;

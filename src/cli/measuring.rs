@@ -80,6 +80,7 @@ impl<'a> Measuring<'a> {
             output: None,
             baseline: Some(Baseline::new(m.clone(), args.calibration.measure_samples)),
             store: None,
+            statistics: Default::default(),
             originals: None,
         };
         let settings = Settings::default();

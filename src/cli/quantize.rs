@@ -305,6 +305,7 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
         calibration,
         output: None,
         baseline: needed.then(|| Baseline::new(m.clone(), data.measure_samples)),
+        statistics: Default::default(),
         originals: args.debug.check.then(Default::default),
     })
 }

@@ -173,7 +173,9 @@ fn search(spec: &Spec, x: &Block, gram: &[f32], error: &mut [Lanes]) -> (Grid, L
             // One side has a code more than the other: each may have it.
             let (scale, zero) = shrunk(spec, &range, high, high);
             consider(Grid { scale, zero });
-            consider(Grid { scale: scale.map(|s| -s), zero });
+            if !spec.narrow {
+                consider(Grid { scale: scale.map(|s| -s), zero });
+            }
             continue;
         }
         for &low in shrinks(spec.bits) {
@@ -439,7 +441,7 @@ mod tests {
     }
 
     fn spec(bits: u32, group_size: usize, symmetric: bool) -> Spec {
-        Spec { bits, group_size, symmetric, scales: Float::F32 }
+        Spec { bits, group_size, symmetric, narrow: false, scales: Float::F32 }
     }
 
     proptest! {

@@ -49,6 +49,7 @@ impl Hqq {
         let plain = Grid { scale, zero };
         let mut best = Best { cost: turn(x, &plain, top, BETA).cost, grid: plain };
         let other = match spec.symmetric {
+            true if spec.narrow => plain,
             true => Grid { scale: scale.map(|s| -s), zero },
             false => Grid { scale, zero: zero_points(x, &plain, top) },
         };

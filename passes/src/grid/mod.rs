@@ -74,6 +74,8 @@ pub struct Spec {
     pub group_size: usize,
     /// Zero point fixed at `2^(bits-1)`.
     pub symmetric: bool,
+    /// Of a symmetric grid: without the code that has no opposite, so that scales are positive.
+    pub narrow: bool,
     /// The type that scales are rounded to; codes are chosen with the rounded scale.
     pub scales: Float,
 }

@@ -44,6 +44,7 @@ impl Range {
     pub fn grid(&self, spec: &Spec) -> ([f32; LANES], [f32; LANES]) {
         let zero = [spec.middle() as f32; LANES];
         let mut scale = match spec.symmetric {
+            true if spec.narrow => narrow(self, zero[0] - 1.0),
             true => symmetric(self, zero[0]),
             false => asymmetric_scale(self, spec.max_code() as f32),
         };
@@ -63,6 +64,16 @@ fn symmetric(range: &Range, middle: f32) -> [f32; LANES] {
     for ((scale, &min), &max) in scale.iter_mut().zip(&range.min).zip(&range.max) {
         let m = if max.abs() > min.abs() { max } else { min };
         *scale = m / -middle;
+    }
+    scale
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn narrow(range: &Range, steps: f32) -> [f32; LANES] {
+    let mut scale = [0.0; LANES];
+    for ((scale, &min), &max) in scale.iter_mut().zip(&range.min).zip(&range.max) {
+        let m = if max.abs() > min.abs() { max.abs() } else { min.abs() };
+        *scale = m / steps;
     }
     scale
 }

@@ -85,7 +85,9 @@ fn search(spec: &Spec, x: &Block, top: f32) -> Best {
             // One side has a code more than the other: each may have it.
             let (scale, zero) = shrunk(spec, &range, high, high);
             consider(&Grid { scale, zero });
-            consider(&Grid { scale: scale.map(|s| -s), zero });
+            if !spec.narrow {
+                consider(&Grid { scale: scale.map(|s| -s), zero });
+            }
             continue;
         }
         for &low in shrinks(spec.bits) {

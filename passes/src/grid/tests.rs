@@ -51,7 +51,7 @@ fn nk(bytes: &[u8], n: usize, k: usize) -> Matrix<'_> {
 }
 
 fn spec(bits: u32, group_size: usize, symmetric: bool) -> Spec {
-    Spec { bits, group_size, symmetric, scales: Float::F32 }
+    Spec { bits, group_size, symmetric, narrow: false, scales: Float::F32 }
 }
 
 fn hex(json: &Json, field: &str) -> Vec<u8> {

@@ -56,7 +56,7 @@ impl Case {
 }
 
 fn spec(bits: u32, group_size: usize, symmetric: bool) -> Spec {
-    Spec { bits, group_size, symmetric, scales: Float::F32 }
+    Spec { bits, group_size, symmetric, narrow: false, scales: Float::F32 }
 }
 
 fn method(sweeps: u32) -> Method {

@@ -1,0 +1,120 @@
+//! `calibrate`: runs the calibration data once, and keeps a histogram of every activation that could be held in 8 bits.
+//! No activation is kept. `insert-fake-quant` reads the ranges from the histograms.
+
+use crate::islands::places;
+use crate::linear::{Form, Linear, Weighted, find};
+use crate::qtensor::{Placed, QTensor, container};
+use crate::ranges::{Histogram, Method, Statistics};
+use crate::{Changed, Exactness, Pass, PassCx, PassError};
+use dialects::exec::ExecError;
+use dialects::ir::{Module, Op, Value, infer};
+use serde::{Deserialize, Serialize};
+use std::collections::{HashMap, HashSet};
+
+const NAME: &str = "calibrate";
+
+/// The options.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Calibrate {
+    /// How ranges are chosen.
+    pub method: Method,
+    /// How much of a tensor's values is within its range, in percent, where `method` is `percentile`.
+    pub percentile: f64,
+}
+
+impl Default for Calibrate {
+    fn default() -> Calibrate {
+        Calibrate { method: Method::Minmax, percentile: 99.99 }
+    }
+}
+
+impl Pass for Calibrate {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "finds the ranges of activations, for insert-fake-quant"
+    }
+
+    fn exactness(&self) -> Exactness {
+        Exactness::Exact
+    }
+
+    fn needs_calibration(&self) -> bool {
+        true
+    }
+
+    fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
+        if !(self.percentile > 50.0 && self.percentile <= 100.0) {
+            let why = format!("expected above 50 and up to 100, found {}", self.percentile);
+            return Err(PassError::Option { pass: NAME, option: "percentile", why });
+        }
+        infer::infer(m, cx.ops);
+        let products = products(m);
+        let wanted: Vec<Value> = places(m, |op| products.contains(&op)).iter().map(|p| p.value).collect();
+        if wanted.is_empty() {
+            let why = "no MatMul, Gemm or Conv with a constant weight reads an activation".into();
+            return match cx.settings.allow_noop {
+                true => Ok(Changed::No),
+                false => Err(PassError::Nothing { pass: NAME, why }),
+            };
+        }
+        let mut found: HashMap<Value, Histogram> =
+            wanted.iter().map(|&v| (v, Histogram::default())).collect();
+        cx.env.calibrate(m, &wanted, &mut |v, item| {
+            let refuse = |e: &dyn std::fmt::Display| ExecError::Sink(format!("{:?}: {e}", m.value_label(v)));
+            let t = item.tensor().map_err(|e| refuse(&e))?;
+            let x = t.to_f32().map_err(|e| refuse(&e))?;
+            found.get_mut(&v).ok_or_else(|| refuse(&"was not asked for"))?.add(&x);
+            Ok(())
+        })?;
+        for v in &wanted {
+            let n = found[v].not_finite();
+            if n > 0 {
+                let why = format!("{n} of its values are NaN or infinite on the calibration data");
+                return Err(PassError::At { pass: NAME, what: m.value_label(*v), why });
+            }
+        }
+        cx.count("calibrated activations", wanted.len() as u64);
+        let tensors = found.into_iter().map(|(v, h)| (m.value_label(v), h)).collect();
+        let kept =
+            cx.env.statistics().ok_or_else(|| PassError::Env("statistics cannot be kept here".into()))?;
+        *kept.lock().unwrap_or_else(|e| e.into_inner()) =
+            Some(Statistics { method: self.method, percentile: self.percentile, tensors });
+        Ok(Changed::No)
+    }
+}
+
+/// Products with weights, whether these are quantized already or not.
+fn products(m: &Module) -> HashSet<Op> {
+    let of = |w: Weighted| match w {
+        Weighted::Linear(Linear { op, form: Form::Rows, .. }) | Weighted::Kernel(Linear { op, .. }) => {
+            Some(op)
+        }
+        _ => None,
+    };
+    find(m).into_iter().filter_map(of).chain(quantized(m)).collect()
+}
+
+/// The quantized weight that an op reads as `v`, which may give it another shape.
+pub fn weight(m: &Module, v: Value) -> Option<(QTensor, Placed)> {
+    let reshaped = m.def_op(v).filter(|(op, _)| m.ops[*op].is("onnx.Reshape"));
+    QTensor::of(m, reshaped.and_then(|(op, _)| m.ops[op].operand(0)).unwrap_or(v))
+}
+
+/// Products with weights of which every row of 8-bit codes has one scale.
+pub fn quantized(m: &Module) -> Vec<Op> {
+    let whole = |v| weight(m, v).is_some_and(|(q, _)| container(q.bits) == 8 && q.group_size >= q.k);
+    let product = |op: &Op| {
+        let data = &m.ops[*op];
+        let kind = match data.name.as_str() {
+            "onnx.MatMul" | "onnx.Conv" => true,
+            "onnx.Gemm" => data.attrs.int("transA").unwrap_or(0) == 0,
+            _ => false,
+        };
+        kind && data.operand(1).is_some_and(whole)
+    };
+    m.regions[m.top].ops.iter().copied().filter(product).collect()
+}

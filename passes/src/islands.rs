@@ -1,0 +1,135 @@
+//! Islands of integers: which activations a runtime can hold in 8 bits, and which ops read them so.
+//!
+//! A product with a constant weight reads its activation in 8 bits; what it gives stays float, as products of integers
+//! can end in floats. A convolution cannot: its result is held in 8 bits too, behind the activation function that ranges
+//! of integers can take in (Relu, Clip). From there the island goes on through sums, pools, views and concatenations
+//! whose operands are all in it.
+
+use dialects::ir::{Module, Op, Use, Uses, Value};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// An activation to be held in 8 bits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// The value.
+    pub value: Value,
+    /// Operands that read it in 8 bits; the others keep reading it as it is.
+    pub readers: Vec<(Op, usize)>,
+    /// The place whose range it has, where an op between the two only moves values.
+    pub like: Option<Value>,
+}
+
+/// Ops whose integers are those that they read, moved.
+const MOVES: &[&str] = &[
+    "onnx.MaxPool",
+    "onnx.Reshape",
+    "onnx.Flatten",
+    "onnx.Transpose",
+    "onnx.Squeeze",
+    "onnx.Unsqueeze",
+    "onnx.Identity",
+];
+
+/// Ops that compute new values from integers.
+const COMPUTES: &[&str] =
+    &["onnx.Add", "onnx.Mul", "onnx.AveragePool", "onnx.GlobalAveragePool", "onnx.Concat"];
+
+/// The places in the top graph of `m`, in program order. `product` says of a MatMul, Gemm or Conv whether its weight is
+/// one that is multiplied in 8 bits. The types in `m` must be inferred.
+pub fn places(m: &Module, product: impl Fn(Op) -> bool) -> Vec<Place> {
+    let uses = m.uses();
+    let mut found =
+        Islands { m, uses: &uses, places: BTreeMap::new(), inner: BTreeSet::new(), order: Vec::new() };
+    for &op in &m.regions[m.top].ops {
+        let data = &m.ops[op];
+        let convolution = data.is("onnx.Conv");
+        if (convolution || data.is("onnx.MatMul") || data.is("onnx.Gemm")) && product(op) {
+            found.read(op, 0);
+            if convolution {
+                found.give(op, None);
+            }
+            continue;
+        }
+        found.pass_on(op);
+    }
+    let Islands { mut places, order, .. } = found;
+    let mut out: Vec<Place> = order.iter().filter_map(|v| places.remove(v)).collect();
+    out.retain(|p| !p.readers.is_empty());
+    out
+}
+
+struct Islands<'m> {
+    m: &'m Module,
+    uses: &'m Uses,
+    places: BTreeMap<Value, Place>,
+    /// Values that ops of an island give.
+    inner: BTreeSet<Value>,
+    order: Vec<Value>,
+}
+
+impl Islands<'_> {
+    fn float(&self, v: Value) -> bool {
+        self.m.ty(v).elem().is_some_and(|e| e.is_float()) && self.m.const_of(v).is_none()
+    }
+
+    /// Has an operand read in 8 bits.
+    fn read(&mut self, op: Op, index: usize) {
+        let Some(v) = self.m.ops[op].operand(index).filter(|v| self.float(*v)) else { return };
+        if !self.places.contains_key(&v) {
+            self.order.push(v);
+        }
+        let place =
+            self.places.entry(v).or_insert_with(|| Place { value: v, readers: Vec::new(), like: None });
+        if !place.readers.contains(&(op, index)) {
+            place.readers.push((op, index));
+        }
+    }
+
+    /// Has what an op gives held in 8 bits, behind the activation function that is its only reader. All readers get it
+    /// so; but an output of the graph stays what it is.
+    fn give(&mut self, op: Op, like: Option<Value>) {
+        let Some(mut y) = self.m.ops[op].result(0) else { return };
+        if let [Use::Operand(next, 0)] = self.uses.of(y)
+            && like.is_none()
+            && (self.m.ops[*next].is("onnx.Relu") || self.m.ops[*next].is("onnx.Clip"))
+            && let Some(end) = self.m.ops[*next].result(0)
+        {
+            y = end;
+        }
+        let readers: Option<Vec<(Op, usize)>> = self
+            .uses
+            .of(y)
+            .iter()
+            .map(|u| match u {
+                Use::Operand(op, i) => Some((*op, *i)),
+                Use::Result(..) => None,
+            })
+            .collect();
+        let Some(readers) = readers.filter(|r| !r.is_empty() && self.float(y)) else { return };
+        self.inner.insert(y);
+        if !self.places.contains_key(&y) {
+            self.order.push(y);
+        }
+        self.places.insert(y, Place { value: y, readers, like });
+    }
+
+    /// Goes on through an op that can read all its operands in 8 bits, if one of them comes from an island.
+    fn pass_on(&mut self, op: Op) {
+        let data = &self.m.ops[op];
+        let moves = MOVES.contains(&data.name.as_str());
+        if !moves && !COMPUTES.contains(&data.name.as_str()) {
+            return;
+        }
+        let read = if moves { 1 } else { data.operands.len() };
+        let operands: Vec<Value> = data.operands.iter().take(read).flatten().copied().collect();
+        let held = |v: &Value| self.places.contains_key(v);
+        if operands.len() != read
+            || !operands.iter().all(held)
+            || !operands.iter().any(|v| self.inner.contains(v))
+        {
+            return;
+        }
+        (0..read).for_each(|i| self.read(op, i));
+        self.give(op, moves.then(|| self.places[&operands[0]].like.unwrap_or(operands[0])));
+    }
+}

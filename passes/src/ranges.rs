@@ -1,0 +1,103 @@
+//! Ranges of activations for integers of 8 bits: what a tensor's values are clipped to.
+//!
+//! Nothing is kept of the calibration data but a histogram of each tensor ([`Histogram`]), whose bins double when a value
+//! lies beyond them. A [`Method`] then chooses a range.
+
+mod entropy;
+mod histogram;
+mod mse;
+
+pub use histogram::Histogram;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Histograms of activations, by the names of their values, and how ranges are chosen from them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Statistics {
+    /// How.
+    pub method: Method,
+    /// For [`Method::Percentile`], in percent.
+    pub percentile: f64,
+    /// The histograms.
+    pub tensors: BTreeMap<String, Histogram>,
+}
+
+/// How a range is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// The least and the greatest value.
+    #[default]
+    Minmax,
+    /// The moving averages of each batch's least and greatest values.
+    Moving,
+    /// Where a given share of the values lies.
+    Percentile,
+    /// Where the distribution of the quantized values diverges least from that of the values (Migacz, "8-bit Inference
+    /// with TensorRT", GTC 2017).
+    Entropy,
+    /// Where the mean squared error is least.
+    Mse,
+}
+
+/// The form of the integers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    /// Values and their negatives have codes of the same distance from zero's.
+    pub symmetric: bool,
+    /// Codes.
+    pub levels: u32,
+}
+
+/// A range of values: zero lies in it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Range {
+    /// The least, at most zero.
+    pub min: f32,
+    /// The greatest, at least zero.
+    pub max: f32,
+}
+
+impl Range {
+    /// The range from `min` to `max`, widened to hold zero, and its mirror image where that is asked for.
+    pub fn new(min: f32, max: f32, symmetric: bool) -> Range {
+        let (min, max) = (min.min(0.0), max.max(0.0));
+        match symmetric {
+            true => Range { min: min.min(-max), max: max.max(-min) },
+            false => Range { min, max },
+        }
+    }
+}
+
+/// The range of a tensor by a method; `percentile` of its values, in percent, are within it if that is the method.
+/// `None` where no value was seen.
+pub fn range(h: &Histogram, method: Method, percentile: f64, form: Form) -> Option<Range> {
+    let whole = Range::new(h.min()?, h.max()?, form.symmetric);
+    let within = |min: f32, max: f32| Range::new(min.max(whole.min), max.min(whole.max), form.symmetric);
+    Some(match method {
+        Method::Minmax => whole,
+        Method::Moving => {
+            let (min, max) = h.moving()?;
+            within(min, max)
+        }
+        Method::Percentile if form.symmetric => {
+            let end = h.magnitudes().quantile(percentile / 100.0);
+            within(-end, end)
+        }
+        Method::Percentile => {
+            let beyond = (1.0 - percentile / 100.0) / 2.0;
+            within(h.quantile(beyond), h.quantile(1.0 - beyond))
+        }
+        Method::Entropy => {
+            // Codes of one sign: half of them, unless the values have one sign only.
+            let one_sided = !form.symmetric && (whole.min == 0.0 || whole.max == 0.0);
+            let levels = if one_sided { form.levels } else { form.levels / 2 };
+            let end = entropy::threshold(&h.magnitudes(), levels as usize);
+            within(-end, end)
+        }
+        Method::Mse => mse::range(h, whole, form),
+    })
+}
+
+#[cfg(test)]
+mod tests;
