@@ -26,6 +26,7 @@ use dialects::ops::Ops;
 use extract::{Extraction, Extractor};
 use facts::Wish;
 use graph::{Graph, Id};
+use rules::RuleSet;
 use saturate::{Fuel, saturate};
 use std::collections::{BTreeMap, BTreeSet};
 use window::{Scope, Window};
@@ -118,7 +119,7 @@ fn attempt(m: &Module, ops: &Ops, window: &Window, classes: &[u32], elem: Elem) 
     let plain = roots.clone();
     let scale = g.scale(classes, elem);
     roots[0] = g.op("onnx.Mul", &[roots[0], scale]);
-    let limit = saturate(&mut g, Fuel::default());
+    let limit = saturate(&mut g, Fuel::default(), RuleSet::scales());
     let extractor = Extractor::new(&g);
     let without = extractor.best(&plain, None);
     let with = without.as_ref().and_then(|w| extractor.best(&roots, Some(w.cost)));
@@ -202,7 +203,7 @@ fn fold_in(
         let window = window(&scope, &scope.readers(product));
         let mut g = Graph::new(m, ops);
         let roots = window.build(&mut g);
-        let limit = saturate(&mut g, Fuel::default());
+        let limit = saturate(&mut g, Fuel::default(), RuleSet::scales());
         let in_window: BTreeSet<Op> = window.ops.iter().copied().collect();
         let own =
             g.values.iter().filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| in_window.contains(&o)));
