@@ -168,10 +168,15 @@ impl<'a> Graph<'a> {
 
     /// Adds `full(children) {attrs}`, an op with one result.
     pub fn op_with(&mut self, full: &str, attrs: &Attrs, children: &[Id]) -> Id {
+        self.op_result(full, attrs, children, 0, 1)
+    }
+
+    /// Adds result number `result` of an op of which all `outputs` results are wanted.
+    pub fn op_result(&mut self, full: &str, attrs: &Attrs, children: &[Id], result: u32, outputs: u32) -> Id {
         let name = OpName::parse(full).expect("an op name has a dialect");
         let name = self.eg.analysis.name_id(&name);
         let attrs = self.eg.analysis.attrs_id(attrs);
-        let head = Head::Op { name, attrs, result: 0, wanted: 1, outputs: 1 };
+        let head = Head::Op { name, attrs, result, wanted: outputs, outputs };
         self.add(Node { head, children: children.to_vec() })
     }
 

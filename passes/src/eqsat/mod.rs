@@ -14,6 +14,7 @@ mod extract;
 mod facts;
 mod graph;
 mod lang;
+pub mod qrw;
 mod rules;
 mod saturate;
 #[cfg(test)]

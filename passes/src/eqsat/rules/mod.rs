@@ -17,6 +17,8 @@ mod norm;
 
 use super::graph::{Graph, Id};
 use super::lang::Node;
+use super::qrw::{self, TextRule};
+use dialects::ops::Ops;
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 
@@ -104,6 +106,11 @@ impl RuleSet {
         &SET
     }
 
+    /// Replaces long forms by the ops that say the same, for models that run on `profile`.
+    pub fn fuse(profile: &str) -> RuleSet {
+        RuleSet::default().with(for_profile(fuse_rules(), profile))
+    }
+
     /// These rules and more of them.
     pub fn with(mut self, more: impl IntoIterator<Item = Arc<dyn Rule>>) -> RuleSet {
         for rule in more {
@@ -131,6 +138,24 @@ impl RuleSet {
     pub fn moves_scales(&self) -> bool {
         !self.pushes.is_empty()
     }
+}
+
+/// The rules of `fuse.qrw`.
+pub fn fuse_rules() -> &'static [Arc<TextRule>] {
+    static RULES: LazyLock<Vec<Arc<TextRule>>> = LazyLock::new(|| {
+        let rules = qrw::parse::parse(include_str!("fuse.qrw"), &Ops::standard());
+        rules.expect("a test reads the file").into_iter().map(Arc::new).collect()
+    });
+    &RULES
+}
+
+/// Those of some rules that are for models that run on `profile`.
+pub fn for_profile<'r>(
+    rules: &'r [Arc<TextRule>],
+    profile: &'r str,
+) -> impl Iterator<Item = Arc<dyn Rule>> + 'r {
+    let fits = move |r: &&Arc<TextRule>| r.profiles.is_empty() || r.profiles.iter().any(|p| p == profile);
+    rules.iter().filter(fits).map(|r| r.clone() as Arc<dyn Rule>)
 }
 
 fn plains(lists: &[&[Plain]]) -> Vec<Arc<dyn Rule>> {
