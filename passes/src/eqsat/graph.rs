@@ -96,6 +96,11 @@ impl<'a> Graph<'a> {
         (0..self.outputs(node)).map(|i| self.eg.lookup(node.result(i))).collect()
     }
 
+    /// The class of an e-node that is in the graph.
+    pub fn class(&self, node: &Node) -> Option<Id> {
+        self.eg.lookup(node.clone())
+    }
+
     /// What is known of a class.
     pub fn known(&self, id: Id) -> &Known {
         &self.eg[id].data
@@ -207,8 +212,11 @@ impl<'a> Graph<'a> {
                 }
             }
             None => {
-                world.inputs.push(v);
-                Head::Input((world.inputs.len() - 1) as u32)
+                let found = world.inputs.iter().position(|&i| i == v);
+                Head::Input(found.unwrap_or_else(|| {
+                    world.inputs.push(v);
+                    world.inputs.len() - 1
+                }) as u32)
             }
         };
         let node = Node { head, children: Vec::new() };

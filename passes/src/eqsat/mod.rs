@@ -206,7 +206,7 @@ fn fold_in(
         let in_window: BTreeSet<Op> = window.ops.iter().copied().collect();
         let own =
             g.values.iter().filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| in_window.contains(&o)));
-        let before: u64 = own.map(|(_, id, node)| extract::cost(&g, *id, node)).sum();
+        let before: u64 = own.map(|(_, id, node)| model.of(&g, *id, node)).sum();
         let extractor = Extractor::new(&g);
         let best = extractor.best(&roots, None).ok_or("the window cannot be extracted")?;
         let mut outcome = FoldOutcome { cost: (before, best.cost), ..FoldOutcome::default() };

@@ -51,6 +51,16 @@ impl<'a> Scope<'a> {
         self.m.def_op(v).and_then(|(op, _)| self.place.get(&op)).map_or(0, |p| p + 1)
     }
 
+    /// The uses of every value.
+    pub fn uses(&self) -> &Uses {
+        &self.uses
+    }
+
+    /// Whether a value is an output of the graph.
+    pub fn is_output(&self, v: Value) -> bool {
+        self.uses.of(v).iter().any(|u| matches!(u, Use::Result(..)))
+    }
+
     /// The ops that read a value.
     pub fn readers(&self, v: Value) -> Vec<Op> {
         let op = |u: &Use| match u {
@@ -108,6 +118,11 @@ impl<'a> Scope<'a> {
             _ => None,
         });
         self.grow(&readers.collect::<Vec<_>>(), &[], Some(product))
+    }
+
+    /// The window of these ops, which follow each other.
+    pub fn run(&self, ops: &[Op]) -> Window {
+        Window { ops: ops.to_vec(), roots: self.roots(&[], ops), ..Window::default() }
     }
 
     /// Grows upstream from `seeds`. A matrix product is followed into its left operand only where that is `through_left`.
