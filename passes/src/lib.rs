@@ -4,6 +4,7 @@
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
 pub mod awq;
+pub mod canonicalize;
 pub mod computed;
 pub mod const_fold;
 pub mod dce;
@@ -298,6 +299,7 @@ impl PassDef {
 
 /// Every pass of this crate, in the order of `--list-passes`.
 pub const PASSES: &[fn() -> PassDef] = &[
+    || PassDef::of::<canonicalize::Canonicalize>("canonicalize"),
     || PassDef::of::<const_fold::ConstFold>("const-fold"),
     || PassDef::of::<dce::Dce>("dce"),
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),

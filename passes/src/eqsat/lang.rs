@@ -125,7 +125,7 @@ pub struct World<'a> {
     /// Inputs of the model, which are there from the start.
     pub args: &'a [Value],
     /// Constants that other ops of the module read too.
-    pub shared: HashSet<ConstId>,
+    pub shared: Arc<HashSet<ConstId>>,
     /// Large constants whose elements were asked for.
     pub looked: RefCell<BTreeSet<u32>>,
     /// Values defined outside the window.
@@ -148,7 +148,7 @@ impl<'a> World<'a> {
             name_ids: HashMap::new(),
             attrs: vec![Attrs::default()],
             args: &m.regions[m.top].args,
-            shared: HashSet::new(),
+            shared: Arc::default(),
             looked: RefCell::default(),
             inputs: Vec::new(),
             consts: Vec::new(),

@@ -10,24 +10,35 @@
 //! (1980) and Willsey et al., "egg: fast and extensible equality saturation" (POPL 2021).
 
 mod apply;
+mod cost;
+mod edit;
 mod extract;
 mod facts;
 mod graph;
 mod lang;
+mod partition;
 mod rules;
 mod saturate;
+mod signature;
 #[cfg(test)]
 mod tests;
+mod whole;
 mod window;
 
 use crate::{PassCx, PassError};
 use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::Ops;
-use extract::{Extraction, Extractor};
+pub use cost::CostModel;
+pub use lang::LITERAL;
+use extract::{Extraction, Extractor, STEPS};
 use facts::Wish;
 use graph::{Graph, Id};
+use rules::RuleSet;
 use saturate::{Fuel, saturate};
 use std::collections::{BTreeMap, BTreeSet};
+pub use rules::RuleSet as Rules;
+pub use signature::{attrs_text, const_text};
+pub use whole::{Rewrite, Rewritten, rewrite};
 use window::{Scope, Window};
 
 /// Ties that are tried before a scale counts as without a place.
@@ -118,10 +129,10 @@ fn attempt(m: &Module, ops: &Ops, window: &Window, classes: &[u32], elem: Elem) 
     let plain = roots.clone();
     let scale = g.scale(classes, elem);
     roots[0] = g.op("onnx.Mul", &[roots[0], scale]);
-    let limit = saturate(&mut g, Fuel::default());
-    let extractor = Extractor::new(&g);
-    let without = extractor.best(&plain, None);
-    let with = without.as_ref().and_then(|w| extractor.best(&roots, Some(w.cost)));
+    let limit = saturate(&mut g, Fuel::default(), RuleSet::scales());
+    let extractor = Extractor::new(&g, &CostModel::BYTES);
+    let without = extractor.best(&plain, None, STEPS);
+    let with = without.as_ref().and_then(|w| extractor.best(&roots, Some(w.cost), STEPS));
     let searched = [&without, &with].into_iter().flatten().all(|x| x.optimal);
     let sites = with.map(|x| apply::sites(&g, &x));
     let mut wishes = g.wishes.borrow().clone();
@@ -202,13 +213,13 @@ fn fold_in(
         let window = window(&scope, &scope.readers(product));
         let mut g = Graph::new(m, ops);
         let roots = window.build(&mut g);
-        let limit = saturate(&mut g, Fuel::default());
+        let limit = saturate(&mut g, Fuel::default(), RuleSet::scales());
         let in_window: BTreeSet<Op> = window.ops.iter().copied().collect();
         let own =
             g.values.iter().filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| in_window.contains(&o)));
-        let before: u64 = own.map(|(_, id, node)| model.of(&g, *id, node)).sum();
-        let extractor = Extractor::new(&g);
-        let best = extractor.best(&roots, None).ok_or("the window cannot be extracted")?;
+        let before: u64 = own.map(|(_, id, node)| CostModel::BYTES.of(&g, *id, node)).sum();
+        let extractor = Extractor::new(&g, &CostModel::BYTES);
+        let best = extractor.best(&roots, None, STEPS).ok_or("the window cannot be extracted")?;
         let mut outcome = FoldOutcome { cost: (before, best.cost), ..FoldOutcome::default() };
         outcome.absorbed = match window.roots.contains(&product) {
             true => {
@@ -248,7 +259,7 @@ fn without_product(
     let product = m.ops[mul].result(0)?;
     let roots: Vec<Id> =
         window.roots.iter().zip(roots).map(|(&v, &id)| if v == product { bare } else { id }).collect();
-    extractor.best(&roots, None)
+    extractor.best(&roots, None, STEPS)
 }
 
 /// The factor of a product with a constant that is not the constant.

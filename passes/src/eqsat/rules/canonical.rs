@@ -183,7 +183,7 @@ fn scaled_linear(g: &mut Graph, f: &Node) -> Vec<Id> {
     for p in products(g, &product) {
         for inner in g.nodes(p.x) {
             // The weight and the bias must be there to take it.
-            if inner.children.len() < 2 || !inner.children[1..].iter().all(|&c| g.is_const(c) || g.is_absent(c)) {
+            if inner.children.len() < 2 || !inner.children[1..].iter().all(|&c| g.may_change(c) || g.is_absent(c)) {
                 continue;
             }
             out.extend(match super::short(g.name(&inner)) {

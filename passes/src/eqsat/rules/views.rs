@@ -155,7 +155,8 @@ fn transpose_between_views(g: &mut Graph, f: &Node) -> Vec<Id> {
         let y = t.children[0];
         let Some(mid) = g.dims(y) else { continue };
         let Some(perm) = g.perm(&t, mid.len()) else { continue };
-        for v in g.nodes(y).into_iter().filter(|n| is_view(g, n)) {
+        let views: Vec<Node> = g.nodes(y).into_iter().filter(|n| is_view(g, n)).collect();
+        for v in views {
             let x = v.children[0];
             let Some(from) = g.dims(x) else { continue };
             let Some(counts) = merged(&from, &mid) else { continue };
