@@ -211,6 +211,7 @@ impl Graph<'_> {
         match head {
             Head::Literal(i) => Some(world.literals[i as usize].tensor.clone()),
             Head::Const(i) => {
+                world.looked.borrow_mut().insert(i);
                 let data = &world.m.consts[world.consts[i as usize].0];
                 (data.count() <= LARGEST as u64).then(|| Tensor::from_const(data).ok()).flatten()
             }

@@ -2,7 +2,7 @@
 
 use super::facts::{Pattern, Wish};
 use super::lang::{Head, Known, Node, Scale, World};
-use dialects::ir::{Attrs, Dim, Elem, Module, Op, OpName, Type, Value};
+use dialects::ir::{Attrs, ConstId, Dim, Elem, Module, Op, OpName, Type, Value};
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
 pub use egg::Id;
@@ -121,6 +121,31 @@ impl<'a> Graph<'a> {
         (0..self.outputs(node)).map(|i| self.eg.lookup(node.result(i))).collect()
     }
 
+    /// The class of an e-node that is in the graph.
+    pub fn class(&self, node: &Node) -> Option<Id> {
+        self.eg.lookup(node.clone())
+    }
+
+    /// Says which constants other ops of the module read too.
+    pub fn shared(&mut self, scope: &super::window::Scope) {
+        self.eg.analysis.shared = scope.shared();
+    }
+
+    /// Large constants whose elements were asked for.
+    pub fn looked(&self) -> Vec<(ConstId, Value)> {
+        self.world().looked.borrow().iter().map(|&i| self.world().consts[i as usize]).collect()
+    }
+
+    /// Whether a constant is one of the module that nothing else reads, or a few numbers: what is computed from it
+    /// takes its place, and the model does not grow.
+    pub fn may_change(&self, id: Id) -> bool {
+        self.nodes(id).iter().any(|n| match n.head {
+            Head::Literal(_) => true,
+            Head::Const(i) => !self.world().shared.contains(&self.world().consts[i as usize].0),
+            _ => false,
+        })
+    }
+
     /// What is known of a class.
     pub fn known(&self, id: Id) -> &Known {
         &self.eg[id].data
@@ -237,8 +262,11 @@ impl<'a> Graph<'a> {
                 }
             }
             None => {
-                world.inputs.push(v);
-                Head::Input((world.inputs.len() - 1) as u32)
+                let found = world.inputs.iter().position(|&i| i == v);
+                Head::Input(found.unwrap_or_else(|| {
+                    world.inputs.push(v);
+                    world.inputs.len() - 1
+                }) as u32)
             }
         };
         let node = Node { head, children: Vec::new() };

@@ -11,7 +11,7 @@ use super::matching::Found;
 use super::term::{OpTerm, Term, TextRule};
 use crate::eqsat::graph::{Graph, Id};
 use dialects::ir::interp::Interpreter;
-use dialects::ir::{Attrs, Elem, Module, OpBuilder, OpName, Type, infer};
+use dialects::ir::{Attrs, Elem, Module, OpBuilder, OpName, Type, Value, infer};
 use dialects::onnx::attributes;
 use dialects::ops::{Item, Ops};
 use dialects::random::Rng;
@@ -84,21 +84,7 @@ fn compare(rule: &TextRule, ops: &Ops, exec: &Interpreter, made: Instance) -> Re
     }
     let Some(values) = evaluate(&m, exec, &inputs) else { return Ok(false) };
     let Some(left) = values.get(&root).and_then(|i| i.tensor().ok()).cloned() else { return Ok(false) };
-    let mut g = Graph::new(&m, ops);
-    let mut classes: HashMap<dialects::ir::Value, Id> = HashMap::new();
-    for &op in &m.regions[m.top].ops {
-        let mut children = Vec::new();
-        for operand in &m.ops[op].operands {
-            children.push(match *operand {
-                None => g.absent(),
-                Some(v) => *classes.entry(v).or_insert_with(|| g.leaf(v)),
-            });
-        }
-        let before = g.values.len();
-        g.op_of(op, children);
-        classes.extend(g.values[before..].iter().map(|(v, id, _)| (*v, *id)));
-    }
-    g.eg.rebuild();
+    let (g, classes) = graph_of(&m, ops);
     let Some(&class) = classes.get(&root) else { return Ok(false) };
     let items: HashMap<Id, Item> =
         values.iter().filter_map(|(v, item)| Some((g.find(*classes.get(v)?), item.clone()))).collect();
@@ -125,13 +111,33 @@ fn compare(rule: &TextRule, ops: &Ops, exec: &Interpreter, made: Instance) -> Re
     Ok(!found.is_empty())
 }
 
+/// The graph of a model, with the class of every value.
+pub(in crate::eqsat) fn graph_of<'a>(m: &'a Module, ops: &'a Ops) -> (Graph<'a>, HashMap<Value, Id>) {
+    let mut g = Graph::new(m, ops);
+    let mut classes: HashMap<Value, Id> = HashMap::new();
+    for &op in &m.regions[m.top].ops {
+        let mut children = Vec::new();
+        for operand in &m.ops[op].operands {
+            children.push(match *operand {
+                None => g.absent(),
+                Some(v) => *classes.entry(v).or_insert_with(|| g.leaf(v)),
+            });
+        }
+        let before = g.values.len();
+        g.op_of(op, children);
+        classes.extend(g.values[before..].iter().map(|(v, id, _)| (*v, *id)));
+    }
+    g.eg.rebuild();
+    (g, classes)
+}
+
 /// The values of a model, op by op; `None` where one cannot be computed.
-fn evaluate(
+pub(in crate::eqsat) fn evaluate(
     m: &Module,
     exec: &Interpreter,
-    inputs: &[(dialects::ir::Value, Item)],
-) -> Option<HashMap<dialects::ir::Value, Item>> {
-    let mut values: HashMap<dialects::ir::Value, Item> = inputs.iter().cloned().collect();
+    inputs: &[(Value, Item)],
+) -> Option<HashMap<Value, Item>> {
+    let mut values: HashMap<Value, Item> = inputs.iter().cloned().collect();
     for &v in &m.regions[m.top].consts {
         let t = Tensor::from_const(&m.consts[m.const_of(v)?]).ok()?;
         values.insert(v, t.into());
@@ -239,7 +245,7 @@ fn tolerance(elem: Elem) -> f64 {
 }
 
 /// Whether two tensors are equal but for rounding; an error says how they differ.
-fn agree(left: &Tensor, right: &Tensor, elem: Elem) -> Result<(), String> {
+pub(in crate::eqsat) fn agree(left: &Tensor, right: &Tensor, elem: Elem) -> Result<(), String> {
     if left.elem() != right.elem() {
         return Err(format!("the left side is of {}, the right side of {}", left.elem(), right.elem()));
     }
@@ -262,7 +268,7 @@ fn agree(left: &Tensor, right: &Tensor, elem: Elem) -> Result<(), String> {
 }
 
 /// The model that refutes a rule, for people.
-fn example(m: &Module, inputs: &[(dialects::ir::Value, Item)], left: &Tensor, right: Option<&Tensor>) -> String {
+fn example(m: &Module, inputs: &[(Value, Item)], left: &Tensor, right: Option<&Tensor>) -> String {
     let mut out = format!("  opset {}\n", m.opset("onnx"));
     let mut line = |name: &str, what: &str, t: &Tensor| {
         let shown = numbers(t).unwrap_or_default();

@@ -18,7 +18,13 @@ mod tests;
 use super::graph::{Graph, Id};
 use super::lang::Node;
 use super::rules::{Rule, short};
+pub use check::Refused;
+use std::sync::Arc;
 pub use term::{RuleError, TextRule};
+
+/// Rules that a user gave, each of which passed the check.
+#[derive(Clone, Debug, Default)]
+pub struct UserRules(pub Vec<Arc<TextRule>>);
 
 impl Rule for TextRule {
     fn name(&self) -> &str {

@@ -10,14 +10,18 @@
 
 mod attention;
 mod canonical;
+#[cfg(test)]
+mod cases;
+mod contents;
 mod elementwise;
 mod linear;
 mod movement;
 mod norm;
+mod views;
 
 use super::graph::{Graph, Id};
 use super::lang::Node;
-use super::qrw::{self, TextRule};
+use super::qrw::{self, TextRule, UserRules};
 use dialects::ops::Ops;
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
@@ -102,13 +106,18 @@ impl RuleSet {
     /// Brings a graph into the form that other passes expect.
     pub fn canonical() -> &'static RuleSet {
         static SET: LazyLock<RuleSet> =
-            LazyLock::new(|| RuleSet::default().with(plains(&[canonical::PLAINS])));
+            LazyLock::new(|| RuleSet::default().with(plains(&[canonical::PLAINS, contents::PLAINS, views::PLAINS])));
         &SET
     }
 
     /// Replaces long forms by the ops that say the same, for models that run on `profile`.
     pub fn fuse(profile: &str) -> RuleSet {
         RuleSet::default().with(for_profile(fuse_rules(), profile))
+    }
+
+    /// These rules and those that a user gave, for models that run on `profile`.
+    pub fn with_user(self, rules: &UserRules, profile: &str) -> RuleSet {
+        self.with(for_profile(&rules.0, profile))
     }
 
     /// These rules and more of them.
@@ -132,6 +141,21 @@ impl RuleSet {
     pub fn through<'s>(&'s self, full: &'s str) -> impl Iterator<Item = (usize, &'static Push)> + 's {
         let numbered = self.pushes.iter().copied().enumerate();
         numbered.filter(move |(_, p)| p.through.contains(&short(full)))
+    }
+
+    /// The name of every rule, with the ops it is about.
+    pub fn names(&self) -> Vec<(String, Vec<String>)> {
+        let text = |ops: &[&str]| ops.iter().map(|op| op.to_string()).collect();
+        let pushes = self.pushes.iter().map(|p| (p.name.to_string(), text(p.through)));
+        pushes.chain(self.rules.iter().map(|r| (r.name().to_string(), text(&r.heads())))).collect()
+    }
+
+    /// The rules of this name alone.
+    #[cfg(test)]
+    pub fn only(&self, name: &str) -> RuleSet {
+        let pushes = self.pushes.iter().copied().filter(|p| p.name == name).collect();
+        let rules: Vec<_> = self.rules.iter().filter(|r| r.name() == name).cloned().collect();
+        RuleSet { pushes, ..RuleSet::default() }.with(rules)
     }
 
     /// Whether any rule moves scales.
