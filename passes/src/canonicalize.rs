@@ -9,7 +9,7 @@
 use crate::const_fold::{self, ConstFold};
 use crate::eqsat::{self, CostModel, Rewrite, Rules};
 use crate::{Changed, Exactness, Pass, PassCx, PassError};
-use dialects::ir::{ConstId, Module, Op, Region, Use, Value, ValueDef, infer};
+use dialects::ir::{Module, Op, Region, Use, Value, ValueDef, infer};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 
@@ -128,7 +128,7 @@ fn share(m: &mut Module) -> u64 {
     for region in m.live_regions().into_iter().filter(|r| !bodies.contains(r)) {
         let mut numbers: HashMap<String, Value> = HashMap::new();
         for &v in &m.regions[region].consts {
-            let Some(c) = m.const_of(v).filter(|c| is_number(m, *c)) else { continue };
+            let Some(c) = m.const_of(v).filter(|c| eqsat::is_literal(&m.consts[*c])) else { continue };
             if m.regions[region].args.contains(&v) || output(&uses, v) {
                 continue;
             }
@@ -167,14 +167,4 @@ fn share(m: &mut Module) -> u64 {
 
 fn output(uses: &dialects::ir::Uses, v: Value) -> bool {
     uses.of(v).iter().any(|u| matches!(u, Use::Result(..)))
-}
-
-/// Whether a constant is a number, a flag, or a list of a few such as ops take for axes and sizes. Weights of equal
-/// contents stay apart: each may change on its own.
-fn is_number(m: &Module, c: ConstId) -> bool {
-    let data = &m.consts[c];
-    match data.elem.is_float() {
-        true => data.count() == 1,
-        false => data.count() <= eqsat::LITERAL,
-    }
 }

@@ -244,7 +244,7 @@ impl<'a> Graph<'a> {
         let head = match m.const_of(v) {
             Some(c) => {
                 let data = &m.consts[c];
-                let small = data.count() <= super::lang::LITERAL && data.elem != Elem::String;
+                let small = super::lang::is_literal(data);
                 match small.then(|| Tensor::from_const(data).ok()).flatten() {
                     Some(t) => Head::Literal(world.literal_id(t, Some(v))),
                     None => {

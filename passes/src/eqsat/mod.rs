@@ -29,7 +29,7 @@ use crate::{PassCx, PassError};
 use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::Ops;
 pub use cost::CostModel;
-pub use lang::LITERAL;
+pub use lang::is_literal;
 use extract::{Extraction, Extractor, STEPS};
 use facts::Wish;
 use graph::{Graph, Id};
