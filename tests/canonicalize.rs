@@ -217,12 +217,13 @@ impl Chain {
             3 if rank > 1 => {
                 // Two known neighbours merge, or a known size splits.
                 let at = self.below(rank - 1);
-                let mut to = dims.clone();
-                match (dims[at], dims[at + 1]) {
-                    (Size::N(a), Size::N(b)) => to.splice(at..at + 2, [Size::N(a * b)]),
-                    (Size::N(a), _) if a % 2 == 0 && rank < 6 => to.splice(at..at + 1, [Size::N(2), Size::N(a / 2)]),
+                let (width, sizes) = match (dims[at], dims[at + 1]) {
+                    (Size::N(a), Size::N(b)) => (2, vec![Size::N(a * b)]),
+                    (Size::N(a), _) if a % 2 == 0 && rank < 6 => (1, vec![Size::N(2), Size::N(a / 2)]),
                     _ => return,
                 };
+                let mut to = dims;
+                to.splice(at..at + width, sizes);
                 let sizes = self.sizes(&to);
                 self.push("Reshape", &[&x, &sizes], "", to);
             }

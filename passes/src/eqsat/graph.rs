@@ -123,7 +123,7 @@ impl<'a> Graph<'a> {
 
     /// The class of an e-node that is in the graph.
     pub fn class(&self, node: &Node) -> Option<Id> {
-        self.eg.lookup(node.clone())
+        self.eg.lookup(node.clone()).map(|id| self.find(id))
     }
 
     /// Says which constants other ops of the module read too.

@@ -146,6 +146,10 @@ fn two_constants(g: &mut Graph, f: &Node) -> Vec<Id> {
     let mut out = Vec::new();
     for n in g.nodes_of(inner, &name) {
         let Some((x, c)) = with_constant(g, &n) else { continue };
+        // A neutral constant makes a class its own operand: constants of it would have no end.
+        if g.find(x) == g.find(inner) {
+            continue;
+        }
         let both = g.op(&name, &[c, d]);
         let sum = g.op(&name, &[x, both]);
         if keeps_shape(g, f, sum) {
@@ -181,6 +185,9 @@ fn scaled_linear(g: &mut Graph, f: &Node) -> Vec<Id> {
     }
     let mut out = Vec::new();
     for p in products(g, &product) {
+        if g.class(f) == Some(g.find(p.x)) {
+            continue;
+        }
         for inner in g.nodes(p.x) {
             // The weight and the bias must be there to take it.
             if inner.children.len() < 2 || !inner.children[1..].iter().all(|&c| g.may_change(c) || g.is_absent(c)) {
@@ -199,7 +206,9 @@ fn scaled_linear(g: &mut Graph, f: &Node) -> Vec<Id> {
 
 /// A constant sum after a Gemm or a Conv is its bias.
 fn bias(g: &mut Graph, f: &Node) -> Vec<Id> {
-    let Some((x, c)) = with_constant(g, f) else { return Vec::new() };
+    let Some((x, c)) = with_constant(g, f).filter(|(x, _)| g.class(f) != Some(g.find(*x))) else {
+        return Vec::new();
+    };
     let mut out = Vec::new();
     let (Some(shape), Some(rank)) = (g.shape(c), g.dims(x).map(|d| d.len())) else { return out };
     for inner in g.nodes(x) {

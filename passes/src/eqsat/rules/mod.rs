@@ -12,6 +12,8 @@ mod attention;
 mod canonical;
 mod contents;
 mod elementwise;
+#[cfg(test)]
+mod fires;
 mod linear;
 mod movement;
 mod norm;
@@ -127,6 +129,11 @@ impl RuleSet {
     pub fn through<'s>(&'s self, full: &'s str) -> impl Iterator<Item = (usize, &'static Push)> + 's {
         let numbered = self.pushes.iter().copied().enumerate();
         numbered.filter(move |(_, p)| p.through.contains(&short(full)))
+    }
+
+    /// The names of all rules.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.pushes.iter().map(|p| p.name).chain(self.rules.iter().map(|r| r.name()))
     }
 
     /// Whether any rule moves scales.
