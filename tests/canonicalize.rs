@@ -47,7 +47,8 @@ fn histogram(m: &Module) -> BTreeMap<String, usize> {
 }
 
 fn run(m: &Module, inputs: &[Tensor]) -> Vec<Tensor> {
-    let args: Vec<_> = m.regions[m.top].args.iter().copied().zip(inputs.iter().cloned().map(Item::from)).collect();
+    let args: Vec<_> =
+        m.regions[m.top].args.iter().copied().zip(inputs.iter().cloned().map(Item::from)).collect();
     let out = run_once(&Interpreter::new(Ops::standard()), m, &args, &m.regions[m.top].results).unwrap();
     out.iter().map(|item| item.tensor().unwrap().clone()).collect()
 }
@@ -305,8 +306,7 @@ fn models() -> Option<PathBuf> {
 #[test]
 fn exports_of_one_model_come_close() {
     let Some(dir) = models() else { return };
-    let names =
-        ["model", "external/model", "dynamo_eager_op18", "dynamo_sdpa_op18", "dynamo_sdpa_op23"];
+    let names = ["model", "external/model", "dynamo_eager_op18", "dynamo_sdpa_op18", "dynamo_sdpa_op23"];
     let mut table: BTreeMap<String, [usize; 5]> = BTreeMap::new();
     let mut total = [0; 5];
     for (i, name) in names.iter().enumerate() {

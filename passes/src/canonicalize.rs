@@ -75,8 +75,11 @@ pub fn rewrite(
         for region in m.live_regions().into_iter().filter(|r| !bodies.contains(r)) {
             // The second round cuts elsewhere.
             let with = Rewrite { smallest: with.smallest + with.smallest / 3 * (round % 2), ..*with };
-            let outcome = eqsat::rewrite(m, cx.ops, region, &with)
-                .map_err(|why| PassError::At { pass, what: m.regions[region].name.to_string(), why })?;
+            let outcome = eqsat::rewrite(m, cx.ops, region, &with).map_err(|why| PassError::At {
+                pass,
+                what: m.regions[region].name.to_string(),
+                why,
+            })?;
             again |= outcome.changed > 0;
             cost = (cost.0 + outcome.cost.0, cost.1 + outcome.cost.1);
             limits.extend(outcome.limits);

@@ -75,12 +75,12 @@ class Canonicalize(unittest.TestCase):
             path = pathlib.Path(folder) / "wikilm.onnx"
             path.write_bytes(lzma.decompress(shared("wikilm/model.onnx.xz").read_bytes()))
             before, after = self.agrees(path, list(self.tokens(path, 4096)))
-            self.assertLess(sum(after.values()), 0.8 * sum(before.values()))
+            self.assertLess(sum(after.values()), 0.9 * sum(before.values()))
 
     def test_tinylm(self):
         path = TESTDATA / "tinylm.onnx"
         before, after = self.agrees(path, list(self.tokens(path, 4096)))
-        self.assertLess(sum(after.values()), 0.8 * sum(before.values()))
+        self.assertLess(sum(after.values()), 0.9 * sum(before.values()))
 
     def test_other_models(self):
         for name in SHARED:

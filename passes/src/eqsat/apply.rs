@@ -293,14 +293,7 @@ impl Planner<'_, '_, '_> {
                 self.places.push(operands.iter().map(|&o| self.place(o)).max().unwrap_or(0));
                 let like = self.like(class, &node).or_else(|| known.first().and_then(|k| old(k.0)));
                 let attrs = self.g.attrs(&node).clone();
-                self.plan.steps.push(Step {
-                    name,
-                    attrs,
-                    operands,
-                    outputs,
-                    facts: BTreeMap::new(),
-                    like,
-                });
+                self.plan.steps.push(Step { name, attrs, operands, outputs, facts: BTreeMap::new(), like });
                 self.made.insert(key, self.plan.steps.len() - 1);
                 self.plan.steps.len() - 1
             }
@@ -320,7 +313,8 @@ impl Planner<'_, '_, '_> {
         let facts = [(0, self.g.known(class).fact.clone())].into();
         let name = OpName::new("onnx", "Identity");
         self.places.push(self.place(source));
-        let step = Step { name, attrs: Attrs::default(), operands: vec![source], outputs: 1, facts, like: op };
+        let step =
+            Step { name, attrs: Attrs::default(), operands: vec![source], outputs: 1, facts, like: op };
         self.plan.steps.push(step);
         Some(Source::New(self.plan.steps.len() - 1, 0))
     }

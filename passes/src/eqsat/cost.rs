@@ -75,8 +75,16 @@ impl CostModel {
         let moved = node.children.iter().map(|&c| bytes(g, c)).fold(result, u64::saturating_add);
         let mut cost = launch.saturating_add(moved.saturating_mul(self.byte));
         if matches!(name, "MatMul" | "Gemm" | "Conv" | "Attention") {
-            // Every element of the result is a sum over as many products as the weight or V has rows.
-            let inner = g.dims(node.children[0]).and_then(|d| d.last()?.known()).unwrap_or(64).unsigned_abs();
+            // Every element of the result is a sum over as many products as the weight has rows, or a filter elements.
+            let inner = match name {
+                "Conv" => node
+                    .children
+                    .get(1)
+                    .and_then(|&w| g.shape(w))
+                    .and_then(|s| Some(s.get(1..)?.iter().product::<usize>() as u64)),
+                _ => g.dims(node.children[0]).and_then(|d| Some(d.last()?.known()?.unsigned_abs())),
+            };
+            let inner = inner.unwrap_or(NOMINAL);
             let products = result.saturating_mul(inner);
             // Where no price is known, a product of floats is half a byte.
             cost = cost.saturating_add(match self.multiplication {
@@ -93,7 +101,9 @@ impl CostModel {
 fn elements(g: &Graph, id: Id, depth: u32) -> u64 {
     let Some(dims) = g.ty(id).dims() else { return NOMINAL * NOMINAL };
     if depth < 8 && dims.contains(&Dim::Unknown) {
-        let same = |n: &Node| matches!(g.name(n), "onnx.Reshape" | "onnx.Transpose" | "onnx.Unsqueeze" | "onnx.Squeeze");
+        let same = |n: &Node| {
+            matches!(g.name(n), "onnx.Reshape" | "onnx.Transpose" | "onnx.Unsqueeze" | "onnx.Squeeze")
+        };
         if let Some(n) = g.nodes(id).iter().find(|n| same(n)) {
             return elements(g, n.children[0], depth + 1);
         }

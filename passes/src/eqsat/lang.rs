@@ -250,7 +250,8 @@ impl Analysis<Node> for World<'_> {
             node.children.iter().map(|&c| (!absent(c)).then(|| egraph[c].data.fact.clone())).collect();
         let name = world.name(node.head).expect("an op has a name");
         // Quantized weights stay quantized, and with them whatever is computed from them.
-        let konst = !crate::const_fold::is_quantization(name) && node.children.iter().all(|&c| egraph[c].data.konst);
+        let konst =
+            !crate::const_fold::is_quantization(name) && node.children.iter().all(|&c| egraph[c].data.konst);
         let region = |_: Region, _: &[Fact]| Err(OpError::Unsupported("a nested graph".into()));
         let cx = InferCx {
             name,

@@ -26,18 +26,18 @@ mod whole;
 mod window;
 
 use crate::{PassCx, PassError};
+pub use cost::CostModel;
 use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::Ops;
-pub use cost::CostModel;
-pub use lang::is_literal;
 use extract::{Extraction, Extractor, STEPS};
 use facts::Wish;
 use graph::{Graph, Id};
+pub use lang::is_literal;
 use rules::RuleSet;
-use saturate::{Fuel, saturate};
-use std::collections::{BTreeMap, BTreeSet};
 pub use rules::RuleSet as Rules;
+use saturate::{Fuel, saturate};
 pub use signature::{attrs_text, const_text};
+use std::collections::{BTreeMap, BTreeSet};
 pub use whole::{Rewrite, Rewritten, rewrite};
 use window::{Scope, Window};
 

@@ -217,10 +217,9 @@ mod tests {
 
     #[test]
     fn equal_windows_are_solved_once_and_others_are_not() {
-        for (activation, solved) in [
-            ((|_| "Relu") as fn(usize) -> &'static str, 1),
-            (|i| if i == 2 { "Sigmoid" } else { "Relu" }, 2),
-        ] {
+        for (activation, solved) in
+            [((|_| "Relu") as fn(usize) -> &'static str, 1), (|i| if i == 2 { "Sigmoid" } else { "Relu" }, 2)]
+        {
             let mut m = blocks(6, activation);
             let found = rewrite(&mut m, &Ops::standard(), m.top, &small(Fuel::default())).unwrap();
             // The last window differs in that its value is the output.

@@ -32,11 +32,7 @@ const CASES: &[(&str, &str, &str)] = &[
         "%c = onnx.Greater(%x, %y)\n%r = onnx.Where(%c, %x, %x)",
         "%c = onnx.Greater(%x, %y)\n%r = onnx.Where(%c, %x, %y)",
     ),
-    (
-        "twice-is-nothing",
-        "%n = onnx.Neg(%x)\n%r = onnx.Neg(%n)",
-        "%n = onnx.Abs(%x)\n%r = onnx.Neg(%n)",
-    ),
+    ("twice-is-nothing", "%n = onnx.Neg(%x)\n%r = onnx.Neg(%n)", "%n = onnx.Abs(%x)\n%r = onnx.Neg(%n)"),
     (
         "one-over",
         "const %c : tensor<f32> 1.0\n%r = onnx.Div(%c, %x)",

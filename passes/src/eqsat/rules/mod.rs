@@ -103,8 +103,9 @@ impl RuleSet {
 
     /// Brings a graph into the form that other passes expect.
     pub fn canonical() -> &'static RuleSet {
-        static SET: LazyLock<RuleSet> =
-            LazyLock::new(|| RuleSet::default().with(plains(&[canonical::PLAINS, contents::PLAINS, views::PLAINS])));
+        static SET: LazyLock<RuleSet> = LazyLock::new(|| {
+            RuleSet::default().with(plains(&[canonical::PLAINS, contents::PLAINS, views::PLAINS]))
+        });
         &SET
     }
 
