@@ -10,7 +10,7 @@ use crate::const_fold::{self, ConstFold};
 use crate::eqsat::explain::Chain;
 use crate::eqsat::{self, CostModel, Rewrite, Rules};
 use crate::{Changed, Exactness, Pass, PassCx, PassError};
-use dialects::ir::{ConstId, Module, Op, Region, Use, Value, ValueDef, infer};
+use dialects::ir::{Module, Op, Region, Use, Value, ValueDef, infer};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 
@@ -87,8 +87,11 @@ pub fn rewrite(
             // The second round cuts elsewhere.
             let explain = cx.settings.explain;
             let with = Rewrite { explain, smallest: with.smallest + with.smallest / 3 * (round % 2), ..*with };
-            let outcome = eqsat::rewrite(m, cx.ops, region, &with)
-                .map_err(|why| PassError::At { pass, what: m.regions[region].name.to_string(), why })?;
+            let outcome = eqsat::rewrite(m, cx.ops, region, &with).map_err(|why| PassError::At {
+                pass,
+                what: m.regions[region].name.to_string(),
+                why,
+            })?;
             again |= outcome.changed > 0;
             cost = (cost.0 + outcome.cost.0, cost.1 + outcome.cost.1);
             limits.extend(outcome.limits);
@@ -142,7 +145,7 @@ fn share(m: &mut Module) -> u64 {
     for region in m.live_regions().into_iter().filter(|r| !bodies.contains(r)) {
         let mut numbers: HashMap<String, Value> = HashMap::new();
         for &v in &m.regions[region].consts {
-            let Some(c) = m.const_of(v).filter(|c| is_number(m, *c)) else { continue };
+            let Some(c) = m.const_of(v).filter(|c| eqsat::is_literal(&m.consts[*c])) else { continue };
             if m.regions[region].args.contains(&v) || output(&uses, v) {
                 continue;
             }
@@ -181,14 +184,4 @@ fn share(m: &mut Module) -> u64 {
 
 fn output(uses: &dialects::ir::Uses, v: Value) -> bool {
     uses.of(v).iter().any(|u| matches!(u, Use::Result(..)))
-}
-
-/// Whether a constant is a number, a flag, or a list of a few such as ops take for axes and sizes. Weights of equal
-/// contents stay apart: each may change on its own.
-fn is_number(m: &Module, c: ConstId) -> bool {
-    let data = &m.consts[c];
-    match data.elem.is_float() {
-        true => data.count() == 1,
-        false => data.count() <= eqsat::LITERAL,
-    }
 }

@@ -173,7 +173,9 @@ fn plain(m: &Module, op: Op, seen: &mut HashSet<Op>) -> bool {
 
 /// Whether an op is not of ONNX proper, or one that takes part in quantization: its result is not computed early.
 pub fn is_quantization(name: &OpName) -> bool {
-    name.dialect() != "onnx" || name.op().ends_with("QuantizeLinear") || name.op().ends_with("DequantizeLinear")
+    name.dialect() != "onnx"
+        || name.op().ends_with("QuantizeLinear")
+        || name.op().ends_with("DequantizeLinear")
 }
 
 /// Whether an op gives something else every time it runs.

@@ -180,7 +180,14 @@ pub fn plan(g: &Graph, scope: &Scope, w: &Window, roots: &[Id], x: &Extraction) 
             continue;
         }
         // An output of the graph is a value of its own, which an op computes.
-        if scope.is_output(v) && !(matches!(source, Source::New(..)) && named.insert(source)) {
+        let computed = match source {
+            Source::New(..) => true,
+            Source::Value(w) => {
+                !scope.is_output(w) && g.world().m.def_op(w).is_some_and(|(op, _)| inside.contains(&op))
+            }
+            _ => false,
+        };
+        if scope.is_output(v) && !(computed && named.insert(source)) {
             let Some(identity) = p.identity(v, class, source) else { continue };
             source = identity;
         }
@@ -284,16 +291,9 @@ impl Planner<'_, '_, '_> {
             Some(&i) => i,
             None => {
                 self.places.push(operands.iter().map(|&o| self.place(o)).max().unwrap_or(0));
-                let like = self.like(class, &node);
+                let like = self.like(class, &node).or_else(|| known.first().and_then(|k| old(k.0)));
                 let attrs = self.g.attrs(&node).clone();
-                self.plan.steps.push(Step {
-                    name,
-                    attrs,
-                    operands,
-                    outputs,
-                    facts: BTreeMap::new(),
-                    like,
-                });
+                self.plan.steps.push(Step { name, attrs, operands, outputs, facts: BTreeMap::new(), like });
                 self.made.insert(key, self.plan.steps.len() - 1);
                 self.plan.steps.len() - 1
             }
@@ -313,7 +313,8 @@ impl Planner<'_, '_, '_> {
         let facts = [(0, self.g.known(class).fact.clone())].into();
         let name = OpName::new("onnx", "Identity");
         self.places.push(self.place(source));
-        let step = Step { name, attrs: Attrs::default(), operands: vec![source], outputs: 1, facts, like: op };
+        let step =
+            Step { name, attrs: Attrs::default(), operands: vec![source], outputs: 1, facts, like: op };
         self.plan.steps.push(step);
         Some(Source::New(self.plan.steps.len() - 1, 0))
     }

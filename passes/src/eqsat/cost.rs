@@ -4,7 +4,7 @@
 
 use super::graph::{Graph, Id};
 use super::lang::{Head, Node};
-use dialects::ir::{Dim, Type};
+use dialects::ir::Dim;
 
 /// What a symbolic or unknown dim counts as: a sequence of a few sentences, a small batch.
 pub const NOMINAL: u64 = 64;
@@ -18,7 +18,7 @@ pub struct CostModel {
     pub byte: u64,
     /// A multiplication of a matrix product or a convolution.
     pub multiplication: u64,
-    /// An operand: what breaks ties between equal ops.
+    /// A constant operand, and half the price of any other one: what breaks ties between equal ops.
     pub operand: u64,
     /// An element of the result, beyond its bytes, of ops that are slower than memory.
     pub elements: &'static [(&'static str, u64)],
@@ -66,16 +66,25 @@ impl CostModel {
             return 0;
         }
         let name = g.name(node).strip_prefix("onnx.").unwrap_or("");
-        let launch = self.launch.saturating_add(self.operand.saturating_mul(node.children.len() as u64));
+        let operands: u64 = node.children.iter().map(|&c| if g.is_const(c) { 1 } else { 2 }).sum();
+        let launch = self.launch.saturating_add(self.operand.saturating_mul(operands));
         if matches!(name, "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Identity" | "Shape" | "Size") {
             return launch;
         }
-        let result = bytes(g.ty(class));
-        let moved = node.children.iter().map(|&c| bytes(g.ty(c))).fold(result, u64::saturating_add);
+        let result = bytes(g, class);
+        let moved = node.children.iter().map(|&c| bytes(g, c)).fold(result, u64::saturating_add);
         let mut cost = launch.saturating_add(moved.saturating_mul(self.byte));
         if matches!(name, "MatMul" | "Gemm" | "Conv" | "Attention") {
-            // Every element of the result is a sum over as many products as the weight or V has rows.
-            let inner = g.dims(node.children[0]).and_then(|d| d.last()?.known()).unwrap_or(64).unsigned_abs();
+            // Every element of the result is a sum over as many products as the weight has rows, or a filter elements.
+            let inner = match name {
+                "Conv" => node
+                    .children
+                    .get(1)
+                    .and_then(|&w| g.shape(w))
+                    .and_then(|s| Some(s.get(1..)?.iter().product::<usize>() as u64)),
+                _ => g.dims(node.children[0]).and_then(|d| Some(d.last()?.known()?.unsigned_abs())),
+            };
+            let inner = inner.unwrap_or(NOMINAL);
             let products = result.saturating_mul(inner);
             // Where no price is known, a product of floats is half a byte.
             cost = cost.saturating_add(match self.multiplication {
@@ -84,20 +93,29 @@ impl CostModel {
             });
         }
         let slow = self.elements.iter().find(|(op, _)| *op == name).map_or(0, |e| e.1);
-        cost.saturating_add(elements(g.ty(class)).saturating_mul(slow))
+        cost.saturating_add(elements(g, class, 0).saturating_mul(slow))
     }
 }
 
-fn elements(ty: &Type) -> u64 {
-    let Some(dims) = ty.as_tensor().and_then(|t| t.dims.as_ref()) else { return NOMINAL * NOMINAL };
+/// The elements of a class. One whose dims are not all known holds as many as what it is a view of.
+fn elements(g: &Graph, id: Id, depth: u32) -> u64 {
+    let Some(dims) = g.ty(id).dims() else { return NOMINAL * NOMINAL };
+    if depth < 8 && dims.contains(&Dim::Unknown) {
+        let same = |n: &Node| {
+            matches!(g.name(n), "onnx.Reshape" | "onnx.Transpose" | "onnx.Unsqueeze" | "onnx.Squeeze")
+        };
+        if let Some(n) = g.nodes(id).iter().find(|n| same(n)) {
+            return elements(g, n.children[0], depth + 1);
+        }
+    }
     let size = |d: &Dim| d.known().and_then(|n| u64::try_from(n).ok()).unwrap_or(NOMINAL);
     dims.iter().map(size).fold(1, u64::saturating_mul)
 }
 
-fn bytes(ty: &Type) -> u64 {
-    let Some(t) = ty.as_tensor() else { return NOMINAL };
-    if t.dims.is_none() {
-        return NOMINAL * NOMINAL;
+fn bytes(g: &Graph, id: Id) -> u64 {
+    let Some(t) = g.ty(id).as_tensor() else { return NOMINAL };
+    match t.dims {
+        None => NOMINAL * NOMINAL,
+        Some(_) => elements(g, id, 0).saturating_mul(t.elem.bits() as u64) / 8,
     }
-    elements(ty).saturating_mul(t.elem.bits() as u64) / 8
 }

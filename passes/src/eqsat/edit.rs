@@ -63,12 +63,7 @@ impl Plan {
 
     /// The same plan for another window, whose values and ops stand for those of this one. `None` where a constant of
     /// the other window is missing.
-    pub fn replay(
-        &self,
-        m: &Module,
-        values: &HashMap<Value, Value>,
-        ops: &HashMap<Op, Op>,
-    ) -> Option<Plan> {
+    pub fn replay(&self, m: &Module, values: &HashMap<Value, Value>, ops: &HashMap<Op, Op>) -> Option<Plan> {
         let value = |v: Value| values.get(&v).copied().unwrap_or(v);
         let source = |s: &Source| match *s {
             Source::Value(v) => Source::Value(value(v)),
@@ -147,7 +142,8 @@ pub fn apply_all(plans: &[Plan], m: &mut Module, region: Region) -> Result<Vec<S
                 Source::Absent | Source::Const(_) => 0,
             };
             let at = step.operands.iter().map(from).max().unwrap_or(0);
-            let loc = step.like.map_or_else(|| plan.loc.clone().unwrap_or_default(), |op| m.ops[op].loc.clone());
+            let loc =
+                step.like.map_or_else(|| plan.loc.clone().unwrap_or_default(), |op| m.ops[op].loc.clone());
             let operands: Vec<Option<Value>> = step.operands.iter().map(|&s| resolve(m, &ops, s)).collect();
             let mut build =
                 OpBuilder::named(step.name.clone(), &loc).operands(operands).attrs(step.attrs.clone());
@@ -238,7 +234,8 @@ fn sweep(
     let mut kept: HashMap<Op, Op> = HashMap::new();
     for (plan, made) in plans.iter().zip(made) {
         for (step, &new) in plan.steps.iter().zip(&made.ops) {
-            let Some(old) = step.like.filter(|old| gone.contains(old) && m.ops[*old].name == step.name) else {
+            let Some(old) = step.like.filter(|old| gone.contains(old) && m.ops[*old].name == step.name)
+            else {
                 continue;
             };
             let pairs: Vec<_> = m.ops[new].results.iter().copied().zip(m.ops[old].results.clone()).collect();

@@ -43,7 +43,8 @@ impl<'g, 'a> Extractor<'g, 'a> {
                 all.insert(class.id, nodes);
             }
         }
-        let canonical = |n: &Node| Node { head: n.head, children: n.children.iter().map(|&c| g.find(c)).collect() };
+        let canonical =
+            |n: &Node| Node { head: n.head, children: n.children.iter().map(|&c| g.find(c)).collect() };
         let own: HashSet<Node> = g.values.iter().map(|(_, _, n)| canonical(n)).collect();
         let mut this = Extractor { g, options: all };
         let tree = this.trees();
@@ -123,7 +124,8 @@ impl<'g, 'a> Extractor<'g, 'a> {
         let mut forced = roots.clone();
         let mut todo: Vec<Id> = roots.iter().copied().collect();
         while let Some(class) = todo.pop() {
-            let mut ways = self.options.get(&class).into_iter().flatten().map(|(_, n)| self.needs(n).collect());
+            let mut ways =
+                self.options.get(&class).into_iter().flatten().map(|(_, n)| self.needs(n).collect());
             let Some(first): Option<BTreeSet<Id>> = ways.next() else { continue };
             let all = ways.fold(first, |all, way| all.intersection(&way).copied().collect());
             todo.extend(all.into_iter().filter(|&c| forced.insert(c)));

@@ -226,13 +226,13 @@ impl Graph<'_> {
         ints.iter().map(|&i| usize::try_from(i).ok()).collect()
     }
 
-    /// The permutation of a Transpose of `rank` dims.
+    /// The permutation of a Transpose of `rank` dims; `None` if it is none.
     pub fn perm(&self, node: &Node, rank: usize) -> Option<Vec<usize>> {
-        match self.attrs(node).ints("perm") {
-            None => Some((0..rank).rev().collect()),
-            Some(p) if p.len() == rank => p.iter().map(|&i| usize::try_from(i).ok()).collect(),
-            Some(_) => None,
-        }
+        let Some(perm) = self.attrs(node).ints("perm") else { return Some((0..rank).rev().collect()) };
+        let perm: Vec<usize> = perm.iter().map(|&i| usize::try_from(i).ok()).collect::<Option<_>>()?;
+        let mut sorted = perm.clone();
+        sorted.sort_unstable();
+        sorted.into_iter().eq(0..rank).then_some(perm)
     }
 
     /// The constant `s` with `axis` brought to size one, if `s` is constant along it. A symbolic scale that varies

@@ -123,7 +123,7 @@ impl<'a> Graph<'a> {
 
     /// The class of an e-node that is in the graph.
     pub fn class(&self, node: &Node) -> Option<Id> {
-        self.eg.lookup(node.clone())
+        self.eg.lookup(node.clone()).map(|id| self.find(id))
     }
 
     /// Says which constants other ops of the module read too.
@@ -249,7 +249,7 @@ impl<'a> Graph<'a> {
         let head = match m.const_of(v) {
             Some(c) => {
                 let data = &m.consts[c];
-                let small = data.count() <= super::lang::LITERAL && data.elem != Elem::String;
+                let small = super::lang::is_literal(data);
                 match small.then(|| Tensor::from_const(data).ok()).flatten() {
                     Some(t) => Head::Literal(world.literal_id(t, Some(v))),
                     None => {

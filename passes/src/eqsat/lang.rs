@@ -5,7 +5,7 @@
 //! inference gives, and whether the class is made only of constants: such a class costs nothing at run time, and
 //! nothing in here reads or computes its elements.
 
-use dialects::ir::{Attrs, ConstId, Dim, Elem, Module, OpName, Region, Type, Value, infer};
+use dialects::ir::{Attrs, ConstData, ConstId, Dim, Elem, Module, OpName, Region, Type, Value, infer};
 use dialects::ops::{Fact, InferCx, OpError, Ops};
 use dialects::tensor::Tensor;
 use egg::{Analysis, DidMerge, Id, Language};
@@ -13,8 +13,18 @@ use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-/// Constants of up to this many elements are compared by content.
-pub const LITERAL: u64 = 64;
+/// Integers of up to this many elements are compared by content.
+const LITERAL: u64 = 64;
+
+/// Whether a constant is compared by content: a number, or a list of integers such as ops take for axes and sizes. Weights
+/// of equal contents stay apart, since each may change on its own.
+pub fn is_literal(c: &ConstData) -> bool {
+    match c.elem {
+        Elem::String => false,
+        e if e.is_float() => c.count() == 1,
+        _ => c.count() <= LITERAL,
+    }
+}
 
 /// What an e-node does. Numbers are places in the tables of [`World`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -240,7 +250,8 @@ impl Analysis<Node> for World<'_> {
             node.children.iter().map(|&c| (!absent(c)).then(|| egraph[c].data.fact.clone())).collect();
         let name = world.name(node.head).expect("an op has a name");
         // Quantized weights stay quantized, and with them whatever is computed from them.
-        let konst = !crate::const_fold::is_quantization(name) && node.children.iter().all(|&c| egraph[c].data.konst);
+        let konst =
+            !crate::const_fold::is_quantization(name) && node.children.iter().all(|&c| egraph[c].data.konst);
         let region = |_: Region, _: &[Fact]| Err(OpError::Unsupported("a nested graph".into()));
         let cx = InferCx {
             name,

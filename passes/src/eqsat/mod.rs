@@ -28,18 +28,18 @@ mod whole;
 mod window;
 
 use crate::{PassCx, PassError};
+pub use cost::CostModel;
 use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::Ops;
-pub use cost::CostModel;
-pub use lang::LITERAL;
 use extract::{Extraction, Extractor, STEPS};
 use facts::Wish;
 use graph::{Graph, Id};
+pub use lang::is_literal;
 use rules::RuleSet;
-use saturate::{Fuel, saturate};
-use std::collections::{BTreeMap, BTreeSet};
 pub use rules::RuleSet as Rules;
+use saturate::{Fuel, saturate};
 pub use signature::{attrs_text, const_text};
+use std::collections::{BTreeMap, BTreeSet};
 pub use whole::{Rewrite, Rewritten, rewrite};
 use window::{Scope, Window};
 
@@ -61,7 +61,7 @@ pub fn rules() -> Vec<RuleInfo> {
     let mut out = Vec::new();
     for (set, rules) in [("canonicalize", RuleSet::canonical()), ("scales", RuleSet::scales())] {
         let info = |(name, ops): (String, Vec<String>)| RuleInfo { set, name, ops, text: None };
-        out.extend(rules.names().into_iter().map(info));
+        out.extend(rules.listed().into_iter().map(info));
     }
     out.extend(rules::fuse_rules().iter().map(|r| RuleInfo {
         set: "fuse",

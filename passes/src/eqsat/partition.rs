@@ -1,11 +1,12 @@
 //! Cutting a region into windows: runs of ops in program order, so that no window waits for a later one.
 //!
-//! A cut goes where the fewest values cross it. In a chain of blocks that is where a single value, the residual stream,
-//! dominates what follows, beside values that all blocks read. Since each cut is found from the one before, equal blocks
-//! are cut alike.
+//! A run ends where the fewest of its values are read behind it. In a chain of blocks that is where one value, the
+//! residual stream, carries all that the run computed. Since each cut is found from the one before, equal blocks are cut
+//! alike.
 
-use dialects::ir::{Module, Op, Region, Use, Uses};
-use std::collections::HashMap;
+use dialects::ir::{Module, Op, Region, Use, Uses, Value};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 
 /// At most this many ops.
 pub const LARGEST: usize = 256;
@@ -20,7 +21,7 @@ pub fn partition(
     alone: impl Fn(Op) -> bool,
 ) -> Vec<Vec<Op>> {
     let ops = &m.regions[region].ops;
-    let crossing = crossing(m, uses, region);
+    let last = last_readers(m, uses, region);
     let mut runs = Vec::new();
     let mut start = 0;
     while start < ops.len() {
@@ -28,18 +29,31 @@ pub fn partition(
             start += 1;
             continue;
         }
-        let limit = ops.len().min(start + LARGEST);
-        let wall = (start..limit).find(|&i| alone(ops[i])).unwrap_or(limit);
-        let candidates = (start + smallest).min(wall)..=wall;
-        let end = candidates.min_by_key(|&p| (crossing[p], p)).expect("the run can end at the wall");
+        // For each place that the run may end at: how many values of the run are read behind it.
+        let mut behind: BinaryHeap<Reverse<usize>> = BinaryHeap::new();
+        let mut best = None;
+        for end in start + 1..=ops.len().min(start + LARGEST) {
+            behind.extend(last[end - 1].iter().map(|&l| Reverse(l)));
+            while behind.peek().is_some_and(|l| l.0 < end) {
+                behind.pop();
+            }
+            let wall = end == ops.len() || alone(ops[end]);
+            if best.is_none_or(|(n, _)| behind.len() < n) && (wall || end - start >= smallest) {
+                best = Some((behind.len(), end));
+            }
+            if wall {
+                break;
+            }
+        }
+        let end = best.map_or(start + 1, |b| b.1);
         runs.push(ops[start..end].to_vec());
         start = end;
     }
     runs
 }
 
-/// For each place between ops: how many values are computed before it and read after it.
-fn crossing(m: &Module, uses: &Uses, region: Region) -> Vec<usize> {
+/// For each op: the place of the last reader of each of its results.
+fn last_readers(m: &Module, uses: &Uses, region: Region) -> Vec<Vec<usize>> {
     let ops = &m.regions[region].ops;
     let place: HashMap<Op, usize> = ops.iter().enumerate().map(|(i, &op)| (op, i)).collect();
     // An op of a nested region reads where the op that holds the region stands.
@@ -49,25 +63,10 @@ fn crossing(m: &Module, uses: &Uses, region: Region) -> Vec<usize> {
         }
         op = m.regions[m.ops[op].region].parent?;
     };
-    let mut change = vec![0i64; ops.len() + 2];
-    for (i, &op) in ops.iter().enumerate() {
-        for &v in m.ops[op].results.iter().flatten().filter(|v| m.const_of(**v).is_none()) {
-            let last = uses.of(v).iter().filter_map(|u| match u {
-                Use::Operand(op, _) => enclosing(*op),
-                Use::Result(..) => Some(ops.len()),
-            });
-            if let Some(last) = last.max().filter(|&l| l > i) {
-                change[i + 1] += 1;
-                change[last + 1] -= 1;
-            }
-        }
-    }
-    let mut held = 0;
-    change
-        .iter()
-        .map(|c| {
-            held += c;
-            usize::try_from(held).unwrap_or(0)
-        })
-        .collect()
+    let reader = |u: &Use| match u {
+        Use::Operand(op, _) => enclosing(*op),
+        Use::Result(..) => Some(ops.len()),
+    };
+    let last = |v: &Value| uses.of(*v).iter().filter_map(reader).max();
+    ops.iter().map(|&op| m.ops[op].results.iter().flatten().filter_map(last).collect()).collect()
 }

@@ -1,7 +1,7 @@
 //! When two windows are the same to every rule: ops, attributes, small constants by content, large ones by place, and
 //! the types of all values. What is found for one can then be replayed on the other.
 
-use super::lang::LITERAL;
+use super::lang::is_literal;
 use super::window::{Scope, Window};
 use dialects::ir::{Attr, Attrs, ConstId, Module, Op, Value};
 use std::collections::HashMap;
@@ -65,7 +65,7 @@ impl Signature {
         self.values.push(v);
         let data = &m.values[v];
         match m.const_of(v) {
-            Some(c) if m.consts[c].count() <= LITERAL => self.text.push_str(&const_text(m, c)),
+            Some(c) if is_literal(&m.consts[c]) => self.text.push_str(&const_text(m, c)),
             Some(c) => {
                 let next = consts.len();
                 let n = *consts.entry(c).or_insert(next);
@@ -96,10 +96,10 @@ pub fn attrs_text(m: &Module, attrs: &Attrs) -> String {
     text
 }
 
-/// A constant as text: by content when it is small, by its number otherwise.
+/// A constant as text: by content when it is a literal, by its number otherwise.
 pub fn const_text(m: &Module, c: ConstId) -> String {
     let data = &m.consts[c];
-    match data.read().ok().filter(|_| data.count() <= LITERAL) {
+    match data.read().ok().filter(|_| is_literal(data)) {
         Some(bytes) => format!("{} {:?} {bytes:?}", data.elem, data.dims),
         None => format!("{c:?}"),
     }

@@ -174,3 +174,80 @@ fn solve(
     let after = if plan.is_empty() { before } else { best.cost };
     Ok(Solution { signature, looked, plan, cost: (before, after) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dialects::ir::{infer, parse};
+
+    fn module(body: &str) -> Module {
+        let text = format!(
+            "module ir_version=10 opsets {{onnx=21}}\ngraph @main(%x0 : tensor<n x 64xf32>) {{\n{body}\n}}\n"
+        );
+        let mut m = parse::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}")).module;
+        let wrong = infer::infer(&mut m, &Ops::standard());
+        assert!(wrong.is_empty(), "{wrong:?}");
+        m
+    }
+
+    /// Blocks of a residual stream, each with a pair of transposes that do nothing.
+    fn blocks(n: usize, activation: impl Fn(usize) -> &'static str) -> Module {
+        let mut body = String::new();
+        for i in 0..n {
+            let (j, f) = (i + 1, activation(i));
+            body += &format!(
+                "  const %w{i} : tensor<64x64xf32> random({i})\n\
+                 \x20 %a{i} = onnx.Transpose(%x{i}) {{perm=[1, 0]}}\n\
+                 \x20 %b{i} = onnx.Transpose(%a{i}) {{perm=[1, 0]}}\n\
+                 \x20 %c{i} = onnx.MatMul(%b{i}, %w{i})\n\
+                 \x20 %d{i} = onnx.{f}(%c{i})\n\
+                 \x20 %x{j} = onnx.Add(%x{i}, %d{i})\n"
+            );
+        }
+        module(&format!("{body}  return %x{n}"))
+    }
+
+    fn small(fuel: Fuel) -> Rewrite<'static> {
+        Rewrite { smallest: 3, fuel, ..Rewrite::new(RuleSet::canonical(), CostModel::ORT_CPU) }
+    }
+
+    #[test]
+    fn a_run_ends_where_one_value_leaves_it() {
+        let m = blocks(4, |_| "Relu");
+        let scope = Scope::new(&m, m.top);
+        let runs = partition(&m, scope.uses(), m.top, 3, |_| false);
+        assert_eq!(runs.iter().map(Vec::len).collect::<Vec<_>>(), [5, 5, 5, 5]);
+        let relu = |op: Op| m.ops[op].is("onnx.Relu");
+        let runs = partition(&m, scope.uses(), m.top, 3, relu);
+        assert!(runs.iter().flatten().all(|&op| !relu(op)));
+        assert_eq!(runs.iter().map(Vec::len).sum::<usize>(), 16);
+    }
+
+    #[test]
+    fn equal_windows_are_solved_once_and_others_are_not() {
+        for (activation, solved) in
+            [((|_| "Relu") as fn(usize) -> &'static str, 1), (|i| if i == 2 { "Sigmoid" } else { "Relu" }, 2)]
+        {
+            let mut m = blocks(6, activation);
+            let found = rewrite(&mut m, &Ops::standard(), m.top, &small(Fuel::default())).unwrap();
+            // The last window differs in that its value is the output.
+            assert_eq!((found.windows, found.solved, found.changed), (6, solved + 1, 6));
+            assert_eq!(m.regions[m.top].ops.len(), 18);
+            for i in 0..6 {
+                let op = m.regions[m.top].ops[3 * i];
+                let weight = m.ops[op].operand(1).unwrap();
+                assert_eq!(m.value_label(weight), format!("w{i}"), "each window keeps its own constants");
+            }
+            assert!(found.cost.1 < found.cost.0 && found.limits.is_empty(), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn a_limit_names_the_window_and_leaves_a_sound_module() {
+        let mut m = blocks(1, |_| "Relu");
+        let found = rewrite(&mut m, &Ops::standard(), m.top, &small(Fuel { nodes: 1, matches: 1 })).unwrap();
+        assert_eq!(found.limits.len(), 1);
+        assert!(found.limits[0].contains("window from \"a0\" to \"x1\" (5 ops)"), "{found:?}");
+        assert!(infer::check(&m, &Ops::standard()).is_empty());
+    }
+}

@@ -73,7 +73,8 @@ fn neutral(g: &mut Graph, f: &Node) -> Vec<Id> {
         sides.push((b, a));
     }
     let neutral = |c: Id| filled(g, c, unit);
-    let fits = |x: &Id| !g.is_const(*x) && g.elem(*x) == g.class(f).and_then(|c| g.elem(c)) && keeps_shape(g, f, *x);
+    let fits =
+        |x: &Id| !g.is_const(*x) && g.elem(*x) == g.class(f).and_then(|c| g.elem(c)) && keeps_shape(g, f, *x);
     sides.into_iter().filter(|(_, c)| neutral(*c)).map(|(x, _)| x).filter(fits).collect()
 }
 
@@ -109,7 +110,11 @@ fn twice(g: &mut Graph, f: &Node) -> Vec<Id> {
 /// `1 / x = reciprocal(x)`.
 fn one_over(g: &mut Graph, f: &Node) -> Vec<Id> {
     let (one, x) = (f.children[0], f.children[1]);
-    if g.is_const(x) || !g.elem(x).is_some_and(Elem::is_float) || !filled(g, one, 1.0) || !keeps_shape(g, f, x) {
+    if g.is_const(x)
+        || !g.elem(x).is_some_and(Elem::is_float)
+        || !filled(g, one, 1.0)
+        || !keeps_shape(g, f, x)
+    {
         return Vec::new();
     }
     vec![g.op("onnx.Reciprocal", &[x])]
@@ -146,6 +151,10 @@ fn two_constants(g: &mut Graph, f: &Node) -> Vec<Id> {
     let mut out = Vec::new();
     for n in g.nodes_of(inner, &name) {
         let Some((x, c)) = with_constant(g, &n) else { continue };
+        // A neutral constant makes a class its own operand: constants of it would have no end.
+        if g.find(x) == g.find(inner) {
+            continue;
+        }
         let both = g.op(&name, &[c, d]);
         let sum = g.op(&name, &[x, both]);
         if keeps_shape(g, f, sum) {
@@ -181,9 +190,14 @@ fn scaled_linear(g: &mut Graph, f: &Node) -> Vec<Id> {
     }
     let mut out = Vec::new();
     for p in products(g, &product) {
+        if g.class(f) == Some(g.find(p.x)) {
+            continue;
+        }
         for inner in g.nodes(p.x) {
             // The weight and the bias must be there to take it.
-            if inner.children.len() < 2 || !inner.children[1..].iter().all(|&c| g.may_change(c) || g.is_absent(c)) {
+            if inner.children.len() < 2
+                || !inner.children[1..].iter().all(|&c| g.may_change(c) || g.is_absent(c))
+            {
                 continue;
             }
             out.extend(match super::short(g.name(&inner)) {
@@ -199,7 +213,9 @@ fn scaled_linear(g: &mut Graph, f: &Node) -> Vec<Id> {
 
 /// A constant sum after a Gemm or a Conv is its bias.
 fn bias(g: &mut Graph, f: &Node) -> Vec<Id> {
-    let Some((x, c)) = with_constant(g, f) else { return Vec::new() };
+    let Some((x, c)) = with_constant(g, f).filter(|(x, _)| g.class(f) != Some(g.find(*x))) else {
+        return Vec::new();
+    };
     let mut out = Vec::new();
     let (Some(shape), Some(rank)) = (g.shape(c), g.dims(x).map(|d| d.len())) else { return out };
     for inner in g.nodes(x) {
@@ -237,7 +253,9 @@ fn batch_norm(g: &mut Graph, f: &Node) -> Vec<Id> {
     let training = g.attrs(f).int("training_mode").unwrap_or(0) != 0 || g.outputs(f) != 1;
     let feeds = g.nodes(x).iter().any(|n| matches!(super::short(g.name(n)), "Conv" | "Gemm"));
     let (Some(elem), Some(dims)) = (g.elem(var), g.dims(x)) else { return Vec::new() };
-    let Some(n) = dims.get(1).and_then(Dim::known).and_then(|n| usize::try_from(n).ok()) else { return Vec::new() };
+    let Some(n) = dims.get(1).and_then(Dim::known).and_then(|n| usize::try_from(n).ok()) else {
+        return Vec::new();
+    };
     if !constant || training || !feeds || g.elem(x) != Some(elem) || g.shape(gain).is_none_or(|s| s != [n]) {
         return Vec::new();
     }

@@ -14,6 +14,8 @@ mod canonical;
 mod cases;
 mod contents;
 mod elementwise;
+#[cfg(test)]
+mod fires;
 mod linear;
 mod movement;
 mod norm;
@@ -105,8 +107,9 @@ impl RuleSet {
 
     /// Brings a graph into the form that other passes expect.
     pub fn canonical() -> &'static RuleSet {
-        static SET: LazyLock<RuleSet> =
-            LazyLock::new(|| RuleSet::default().with(plains(&[canonical::PLAINS, contents::PLAINS, views::PLAINS])));
+        static SET: LazyLock<RuleSet> = LazyLock::new(|| {
+            RuleSet::default().with(plains(&[canonical::PLAINS, contents::PLAINS, views::PLAINS]))
+        });
         &SET
     }
 
@@ -143,8 +146,13 @@ impl RuleSet {
         numbered.filter(move |(_, p)| p.through.contains(&short(full)))
     }
 
+    /// The names of all rules.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.pushes.iter().map(|p| p.name).chain(self.rules.iter().map(|r| r.name()))
+    }
+
     /// The name of every rule, with the ops it is about.
-    pub fn names(&self) -> Vec<(String, Vec<String>)> {
+    pub fn listed(&self) -> Vec<(String, Vec<String>)> {
         let text = |ops: &[&str]| ops.iter().map(|op| op.to_string()).collect();
         let pushes = self.pushes.iter().map(|p| (p.name.to_string(), text(p.through)));
         pushes.chain(self.rules.iter().map(|r| (r.name().to_string(), text(&r.heads())))).collect()

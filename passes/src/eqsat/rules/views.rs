@@ -15,8 +15,23 @@ const VIEWS: [&str; 4] = ["Reshape", "Squeeze", "Unsqueeze", "Flatten"];
 
 /// Elementwise ops of which every operand broadcasts to the result.
 const BROADCASTING: &[&str] = &[
-    "Add", "Sub", "Mul", "Div", "Pow", "Mod", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater",
-    "GreaterOrEqual", "Min", "Max", "Where",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Mod",
+    "And",
+    "Or",
+    "Xor",
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+    "Min",
+    "Max",
+    "Where",
 ];
 
 /// Rules.
@@ -194,7 +209,9 @@ fn transpose_of_transpose(g: &mut Graph, f: &Node) -> Vec<Id> {
     let mut out = vec![transpose(g, x, &perm)];
     for t in g.nodes_of(x, "onnx.Transpose") {
         let Some(inner) = g.perm(&t, rank) else { continue };
-        let Some(both) = perm.iter().map(|&p| inner.get(p).copied()).collect::<Option<Vec<_>>>() else { continue };
+        let Some(both) = perm.iter().map(|&p| inner.get(p).copied()).collect::<Option<Vec<_>>>() else {
+            continue;
+        };
         out.push(transpose(g, t.children[0], &both));
     }
     out
@@ -274,7 +291,8 @@ fn slice(g: &mut Graph, f: &Node) -> Vec<Id> {
     let x = f.children[0];
     let Some(dims) = g.dims(x) else { return Vec::new() };
     let given = |i: usize| f.children.get(i).copied().filter(|&c| !g.is_absent(c));
-    let (Some(starts), Some(ends)) = (given(1).and_then(|c| g.ints(c)), given(2).and_then(|c| g.ints(c))) else {
+    let (Some(starts), Some(ends)) = (given(1).and_then(|c| g.ints(c)), given(2).and_then(|c| g.ints(c)))
+    else {
         return Vec::new();
     };
     let default: Vec<i64> = (0..starts.len() as i64).collect();
