@@ -229,7 +229,8 @@ mod tests {
             [((|_| "Relu") as fn(usize) -> &'static str, 1), (|i| if i == 2 { "Sigmoid" } else { "Relu" }, 2)]
         {
             let mut m = blocks(6, activation);
-            let found = rewrite(&mut m, &Ops::standard(), m.top, &small(Fuel::default())).unwrap();
+            let top = m.top;
+            let found = rewrite(&mut m, &Ops::standard(), top, &small(Fuel::default())).unwrap();
             // The last window differs in that its value is the output.
             assert_eq!((found.windows, found.solved, found.changed), (6, solved + 1, 6));
             assert_eq!(m.regions[m.top].ops.len(), 18);
@@ -245,7 +246,8 @@ mod tests {
     #[test]
     fn a_limit_names_the_window_and_leaves_a_sound_module() {
         let mut m = blocks(1, |_| "Relu");
-        let found = rewrite(&mut m, &Ops::standard(), m.top, &small(Fuel { nodes: 1, matches: 1 })).unwrap();
+        let top = m.top;
+            let found = rewrite(&mut m, &Ops::standard(), top, &small(Fuel { nodes: 1, matches: 1 })).unwrap();
         assert_eq!(found.limits.len(), 1);
         assert!(found.limits[0].contains("window from \"a0\" to \"x1\" (5 ops)"), "{found:?}");
         assert!(infer::check(&m, &Ops::standard()).is_empty());

@@ -3,7 +3,7 @@
 //! rule says that it holds for them.
 
 use super::build::number;
-use super::term::{Condition, Expr, Function, OpTerm, Term, Test, TextRule, Var};
+use super::term::{Compare, Condition, Expr, Function, OpTerm, Term, Test, TextRule, Var};
 use dialects::ir::{Attr, Attrs, Dim, Elem, Module, OpBuilder, OpName, Type, Value};
 use dialects::onnx::attributes;
 use dialects::ops::Item;
@@ -33,6 +33,8 @@ struct Wanted {
     one_number: bool,
     one_element: bool,
     positive: bool,
+    /// One number for each channel.
+    channels: bool,
 }
 
 struct Maker<'r> {
@@ -119,7 +121,16 @@ fn wanted(rule: &TextRule) -> Vec<Wanted> {
         match test {
             Test::Holds(f, args) if !not => todo.push((*f, args)),
             Test::Holds(..) => {}
-            Test::Compare(a, _, b) => exprs.extend([a, b]),
+            Test::Compare(a, how, b) => {
+                exprs.extend([a, b]);
+                if let (Expr::Call(f, args), false) = (a, not)
+                    && let Some(Expr::Var(v)) = args.first()
+                {
+                    let one_dim = matches!(b, Expr::List(dims) if dims.len() == 1);
+                    out[*v].channels |= *f == Function::Shape && *how == Compare::Equal && one_dim;
+                    out[*v].positive |= *f == Function::Number && *how == Compare::Greater;
+                }
+            }
         }
         collect(exprs, &mut todo);
         for (f, args) in todo {
@@ -383,6 +394,9 @@ impl Maker<'_> {
         if w.one_element || (w.one_number && !self.rng.one_in(4)) {
             return vec![1; tail.min(self.rng.below(3))];
         }
+        if w.channels && !self.rng.one_in(8) {
+            return base.last().map(|&n| vec![n]).unwrap_or_default();
+        }
         match self.rng.below(8) {
             0..=2 => base,
             3 => base[tail..].to_vec(),
@@ -408,6 +422,8 @@ impl Maker<'_> {
             let u = f64::from(self.rng.float());
             let x = match self.draw {
                 Draw::Uniform(scale) if w.one_number && scale > 2.0 => u,
+                // Products of 16-bit floats must stay finite.
+                Draw::Uniform(scale) if self.elem == Elem::F16 => u * scale.min(1.0),
                 Draw::Uniform(scale) => u * scale,
                 Draw::Small => *self.rng.pick(&[-2.0, -1.0, 0.0, 0.0, 1.0, 2.0, 3.0]),
                 Draw::Zero => 0.0,

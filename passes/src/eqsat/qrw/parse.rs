@@ -45,8 +45,9 @@ pub fn parse(text: &str, ops: &Ops) -> Result<Vec<TextRule>> {
 }
 
 fn range(pair: &Pair<Rule>) -> Range<usize> {
-    let span = pair.as_span();
-    span.start()..span.end()
+    // What follows a rule's last optional part is no part of it.
+    let start = pair.as_span().start();
+    start..start + pair.as_str().trim_end().len()
 }
 
 fn error(span: Range<usize>, message: impl Into<String>, label: &str, help: Option<String>) -> RuleError {

@@ -88,7 +88,7 @@ fn what_is_no_equality_is_refuted() {
         (r#"rewrite "a" (onnx.Transpose (onnx.Transpose ?x {perm=?p}) {perm=?q})
             => (onnx.Transpose ?x {perm=compose(?q, ?p)})"#, ""),
         // An axis off by one.
-        (r#"rewrite "a" (onnx.Squeeze (onnx.Unsqueeze ?x [0]) [1]) => ?x if opset >= 13"#, ""),
+        (r#"rewrite "a" (onnx.Squeeze (onnx.Unsqueeze ?x [0]) [-1]) => ?x if opset >= 13"#, ""),
         // A scale per row is none per column.
         (r#"rewrite "a" (onnx.MatMul (onnx.Mul ?x ?s) ?w) => (onnx.MatMul ?x (onnx.Mul ?w ?s))
             if constant(?s), rank(?s) == 1, rank(?x) >= 2, rank(?w) >= 2"#, ""),

@@ -30,7 +30,7 @@ const CONSTS: &str = "
   const %w33 : tensor<3x3xf32> random(1)
   const %w22 : tensor<2x2xf32> random(2)
   const %k322 : tensor<3x2x2xf32> random(3)
-  const %true : tensor<bool> splat(true)
+  const %true : tensor<bool> true
   const %one : tensor<f32> splat(1)
   const %two : tensor<f32> splat(2)
   const %three : tensor<f32> splat(3)
