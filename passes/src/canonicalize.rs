@@ -12,7 +12,7 @@ use crate::eqsat::{self, CostModel, Rewrite, Rules};
 use crate::{Changed, Exactness, Pass, PassCx, PassError};
 use dialects::ir::{Module, Op, Region, Use, Value, ValueDef, infer};
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 const NAME: &str = "canonicalize";
 
@@ -81,9 +81,8 @@ pub fn rewrite(
         let mut again = constants(m) > 0;
         again |= ConstFold::default().run(m, cx)? == Changed::Yes;
         again |= share(m) > 0;
-        let bodies: HashSet<Region> = m.functions.iter().map(|f| f.body).collect();
-        let (mut limits, mut cost) = (Vec::new(), (0, 0));
-        for region in m.live_regions().into_iter().filter(|r| !bodies.contains(r)) {
+        let mut limits = Vec::new();
+        for region in graphs(m) {
             // The second round cuts elsewhere.
             let explain = cx.settings.explain;
             let with = Rewrite { explain, smallest: with.smallest + with.smallest / 3 * (round % 2), ..*with };
@@ -93,7 +92,6 @@ pub fn rewrite(
                 why,
             })?;
             again |= outcome.changed > 0;
-            cost = (cost.0 + outcome.cost.0, cost.1 + outcome.cost.1);
             limits.extend(outcome.limits);
             let named = |c| Chain { pass: pass.to_string(), ..c };
             cx.report.chains.extend(outcome.chains.into_iter().map(named));
@@ -115,11 +113,23 @@ pub fn rewrite(
     Ok(if changed { Changed::Yes } else { Changed::No })
 }
 
+/// The model's graph and those nested in it. Functions are left alone: what they are called with is not known, and they
+/// hold no initializers.
+fn graphs(m: &Module) -> Vec<Region> {
+    let mut out = vec![m.top];
+    let mut i = 0;
+    while i < out.len() {
+        out.extend(m.regions[out[i]].ops.iter().flat_map(|&op| m.ops[op].attrs.regions()));
+        i += 1;
+    }
+    out
+}
+
 /// Makes initializers of Constant ops. Returns how many there were.
 fn constants(m: &mut Module) -> u64 {
     let uses = m.uses();
     let mut made = 0;
-    for region in m.live_regions() {
+    for region in graphs(m) {
         let mut ops = m.regions[region].ops.clone();
         ops.retain(|&op| {
             let result = m.ops[op].result(0).filter(|_| m.ops[op].is("onnx.Constant"));
@@ -141,8 +151,7 @@ fn constants(m: &mut Module) -> u64 {
 fn share(m: &mut Module) -> u64 {
     let uses = m.uses();
     let mut same: HashMap<Value, Value> = HashMap::new();
-    let bodies: HashSet<Region> = m.functions.iter().map(|f| f.body).collect();
-    for region in m.live_regions().into_iter().filter(|r| !bodies.contains(r)) {
+    for region in graphs(m) {
         let mut numbers: HashMap<String, Value> = HashMap::new();
         for &v in &m.regions[region].consts {
             let Some(c) = m.const_of(v).filter(|c| eqsat::is_literal(&m.consts[*c])) else { continue };

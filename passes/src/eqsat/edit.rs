@@ -46,7 +46,7 @@ impl Plan {
     }
 
     /// The contents of its constants.
-    fn data(&self) -> Result<Vec<ConstData>, OpError> {
+    pub(super) fn data(&self) -> Result<Vec<ConstData>, OpError> {
         let one = |c: &super::apply::Computed| {
             let count = c.dims.iter().product();
             let len =

@@ -166,10 +166,16 @@ fn solve(
     if with.explain && best.cost < before {
         out.chains.extend(explain::chains(&g, &best));
     }
-    let plan = match best.cost < before {
-        true => apply::plan(&g, scope, window, &roots, &best).map_err(|e| format!("{}: {e}", name()))?,
-        false => Plan::default(),
+    let planned = match best.cost < before {
+        // Constants are computed once here, so that one that cannot be leaves only this window as it is.
+        true => apply::plan(&g, scope, window, &roots, &best)
+            .and_then(|p| p.data().map(|_| p).map_err(|e| e.to_string())),
+        false => Ok(Plan::default()),
     };
+    let plan = planned.unwrap_or_else(|why| {
+        out.limits.push(format!("{}: left as it is: {why}", name()));
+        Plan::default()
+    });
     let looked = g.looked().into_iter().filter_map(|(c, v)| Some((v, m.consts[c].hash().ok()?))).collect();
     let after = if plan.is_empty() { before } else { best.cost };
     Ok(Solution { signature, looked, plan, cost: (before, after) })
@@ -247,7 +253,7 @@ mod tests {
     fn a_limit_names_the_window_and_leaves_a_sound_module() {
         let mut m = blocks(1, |_| "Relu");
         let top = m.top;
-            let found = rewrite(&mut m, &Ops::standard(), top, &small(Fuel { nodes: 1, matches: 1 })).unwrap();
+        let found = rewrite(&mut m, &Ops::standard(), top, &small(Fuel { nodes: 1, matches: 1 })).unwrap();
         assert_eq!(found.limits.len(), 1);
         assert!(found.limits[0].contains("window from \"a0\" to \"x1\" (5 ops)"), "{found:?}");
         assert!(infer::check(&m, &Ops::standard()).is_empty());
