@@ -6,7 +6,7 @@ Usage: scripts/onnx_specs.py QCC     (the built program, which writes the text f
 `functions.qir`: the body of every op whose specification defines it by other ops, whatever its operands are; one
 function for each version of the op, with that version as its overload.
 `attributes.txt`: a line `OP SINCE NAME:KIND..` for each version of an op that has attributes in some version; a `!`
-follows the kind of one that must be given.
+follows the kind of one that must be given, and `=VALUE` that of one with a default.
 """
 import pathlib
 import re
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 
+import numpy
 import onnx
 from onnx import defs, helper
 
@@ -69,11 +70,26 @@ def functions(qcc):
         return re.sub(r"\n *notes \{(?:[^{}]|\{[^{}]*\})*\}", "", out.read_text())
 
 
+def default(attribute):
+    """`=VALUE`, or nothing; no default of a specification holds a space."""
+    if not attribute.default_value.name:
+        return ""
+    value = helper.get_attribute_value(attribute.default_value)
+    if isinstance(value, float):
+        # As short as names the 32-bit float.
+        value = str(numpy.float32(value))
+    text = ",".join(map(str, value)) if isinstance(value, list) else value
+    text = text.decode() if isinstance(text, bytes) else str(text)
+    assert " " not in text and text, attribute
+    return "=" + text
+
+
 def attributes():
     some = {s.name for s in schemas() if s.attributes}
     for schema in schemas():
         words = [
-            f"{name}:{a.type.name.lower()}{'!' if a.required else ''}" for name, a in sorted(schema.attributes.items())
+            f"{name}:{a.type.name.lower()}{'!' if a.required else default(a)}"
+            for name, a in sorted(schema.attributes.items())
         ]
         if schema.name in some:
             yield " ".join([schema.name, str(schema.since_version), *words])

@@ -56,6 +56,21 @@ pub struct Output {
 }
 
 impl DriverEnv {
+    /// For passes that need no calibration data and write no file.
+    pub fn without_data(ops: &Ops, term: Term) -> DriverEnv {
+        DriverEnv {
+            ops: ops.clone(),
+            term,
+            scratch: std::env::temp_dir(),
+            store: None,
+            calibration: None,
+            output: None,
+            baseline: None,
+            statistics: Mutex::default(),
+            originals: None,
+        }
+    }
+
     /// The calibration data.
     pub fn data(&self) -> Result<&Calibration, PassError> {
         let data = self.calibration.as_ref();

@@ -4,6 +4,7 @@ use crate::files::FileError;
 use crate::pipeline::PipelineError;
 use crate::resume::ResumeError;
 use dialects::ir::Diagnostic;
+use passes::eqsat::qrw::{Refused, RuleError};
 use std::fmt;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -37,6 +38,24 @@ pub enum Error {
         problem: dialects::ir::parse::ParseError,
         /// The text.
         text: Box<miette::NamedSource<String>>,
+    },
+    /// The text of rewrite rules is wrong.
+    #[error("{}: {problem}", path.display())]
+    Rules {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: RuleError,
+        /// The text.
+        text: Box<miette::NamedSource<String>>,
+    },
+    /// Rewrite rules are refuted, or cannot be checked.
+    #[error("{}: {}", path.display(), refused.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// Why, rule by rule.
+        refused: Vec<Refused>,
     },
     /// A file of tokens is wrong.
     #[error("{0}")]
@@ -169,6 +188,10 @@ impl miette::Diagnostic for Error {
                 "--repro DIR leaves the input of the failing pass and the pipeline there, for a report"
             }
             Error::Resume(e) => e.help()?,
+            Error::Rules { problem, .. } => problem.help.as_deref()?,
+            Error::Refused { .. } => {
+                "a rule must hold for every input; add the conditions that it needs after `if`"
+            }
             Error::Strict { .. } => "name what may stay float with --skip, by pattern or op type",
             _ => return None,
         };
@@ -178,7 +201,7 @@ impl miette::Diagnostic for Error {
     fn source_code(&self) -> Option<&dyn miette::SourceCode> {
         match self {
             Error::Pipeline(e) => e.source_code(),
-            Error::Qir { text, .. } => Some(&**text),
+            Error::Qir { text, .. } | Error::Rules { text, .. } => Some(&**text),
             _ => None,
         }
     }
@@ -188,6 +211,11 @@ impl miette::Diagnostic for Error {
             Error::Pipeline(e) => e.labels(),
             Error::Qir { problem, .. } => {
                 let label = miette::LabeledSpan::new_with_span(Some("here".into()), problem.span());
+                Some(Box::new(std::iter::once(label)))
+            }
+            Error::Rules { problem, .. } => {
+                let label = Some(problem.label.clone());
+                let label = miette::LabeledSpan::new_with_span(label, problem.span.clone());
                 Some(Box::new(std::iter::once(label)))
             }
             _ => None,

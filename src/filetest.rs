@@ -317,6 +317,10 @@ impl<'a> Case<'a> {
                         .map_err(|_| format!("; settings: {key} wants a number, found {value:?}"))?;
                     continue;
                 }
+                "profile" => {
+                    s.profile = value.to_string();
+                    continue;
+                }
                 "allow-noop" => &mut s.allow_noop,
                 "allow-mul" => &mut s.allow_mul,
                 "f16-scales" => &mut s.f16_scales,

@@ -26,6 +26,7 @@ pub mod pipeline;
 pub mod qir;
 pub mod report;
 pub mod resume;
+pub mod rules;
 pub mod stream;
 pub mod term;
 

@@ -85,17 +85,7 @@ fn exact_passes_keep_the_function() {
         .map(|def| def.name)
         .collect();
     assert!(exact.contains(&"const-fold") && exact.contains(&"dce"), "{exact:?}");
-    let env = DriverEnv {
-        ops: registry.ops().clone(),
-        term: Term::new(true),
-        scratch: std::env::temp_dir(),
-        store: None,
-        calibration: None,
-        output: None,
-        baseline: None,
-        statistics: Default::default(),
-        originals: None,
-    };
+    let env = DriverEnv::without_data(registry.ops(), Term::new(true));
     let settings = Settings { allow_noop: true, ..Settings::default() };
     let options = Options { settings, ..Options::default() };
     let mut changed = std::collections::BTreeMap::new();

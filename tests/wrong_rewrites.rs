@@ -250,17 +250,8 @@ fn env(m: &Module, registry: &Registry) -> DriverEnv {
         ..Sampling::default()
     };
     let term = Term::new(true);
-    DriverEnv {
-        ops: registry.ops().clone(),
-        calibration: Calibration::open(&options, m, registry.ops(), &term).ok(),
-        term,
-        scratch: std::env::temp_dir(),
-        store: None,
-        output: None,
-        baseline: None,
-        statistics: Default::default(),
-        originals: None,
-    }
+    let calibration = Calibration::open(&options, m, registry.ops(), &term).ok();
+    DriverEnv { calibration, ..DriverEnv::without_data(registry.ops(), term) }
 }
 
 /// What came of one mistake.

@@ -7,7 +7,9 @@
 
 use crate::{Changed, Exactness, Pass, PassCx, PassError};
 use dialects::ir::interp::Interpreter;
-use dialects::ir::{ConstData, Dim, Elem, Module, Op, Region, Use, Uses, Value, ValueDef, infer};
+use dialects::ir::{
+    ConstData, Dim, Elem, Module, Op, OpData, OpName, Region, Use, Uses, Value, ValueDef, infer,
+};
 use dialects::ops::Item;
 use dialects::tensor::{Data, Tensor};
 use serde::{Deserialize, Serialize};
@@ -166,11 +168,19 @@ fn plain(m: &Module, op: Op, seen: &mut HashSet<Op>) -> bool {
     if let Some(f) = m.functions.iter().find(|f| f.name == data.name) {
         return m.regions[f.body].ops.iter().all(|&op| plain(m, op, seen));
     }
-    let quantizes =
-        data.name.op().ends_with("QuantizeLinear") || data.name.op().ends_with("DequantizeLinear");
-    let random = data.name.op().starts_with("Random")
-        || matches!(data.name.op(), "Bernoulli" | "Multinomial" | "Dropout");
-    data.name.dialect() == "onnx" && !quantizes && !random
+    !is_quantization(&data.name) && !is_random(data)
+}
+
+/// Whether an op is not of ONNX proper, or one that takes part in quantization: its result is not computed early.
+pub fn is_quantization(name: &OpName) -> bool {
+    name.dialect() != "onnx"
+        || name.op().ends_with("QuantizeLinear")
+        || name.op().ends_with("DequantizeLinear")
+}
+
+/// Whether an op gives something else every time it runs.
+pub fn is_random(data: &OpData) -> bool {
+    data.name.op().starts_with("Random") || matches!(data.name.op(), "Bernoulli" | "Multinomial" | "Dropout")
 }
 
 /// The results of an op whose contents inference knows as numbers.

@@ -5,6 +5,7 @@
 
 pub mod awq;
 pub mod calibrate;
+pub mod canonicalize;
 pub mod computed;
 pub mod const_fold;
 pub mod dce;
@@ -12,6 +13,7 @@ pub mod eqsat;
 pub mod errors;
 pub mod f16_weights;
 pub mod fold_scales;
+pub mod fuse;
 pub mod gemm;
 pub mod gptq;
 pub mod gram;
@@ -228,6 +230,12 @@ pub struct Settings {
     pub keep_opset: bool,
     /// There is calibration data: passes that need none say with it what they did to outputs.
     pub measure: bool,
+    /// What the model is to run on: a profile's name. Empty when it is not known.
+    pub profile: String,
+    /// Rewrite rules that the user gave.
+    pub rules: eqsat::qrw::UserRules,
+    /// Whether passes that rewrite by rules report by which ones.
+    pub explain: bool,
 }
 
 /// What a pass sees beside the module.
@@ -267,6 +275,10 @@ pub trait Pass: Send + Sync {
     }
     /// Whether it rounds activations: what it does to the model's output is no matter of its weights alone.
     fn rounds_activations(&self) -> bool {
+        false
+    }
+    /// Whether it rewrites by rules, those that the user gave among them.
+    fn rewrites(&self) -> bool {
         false
     }
     /// Whether it runs the model on calibration data.
@@ -312,8 +324,10 @@ impl PassDef {
 
 /// Every pass of this crate, in the order of `--list-passes`.
 pub const PASSES: &[fn() -> PassDef] = &[
+    || PassDef::of::<canonicalize::Canonicalize>("canonicalize"),
     || PassDef::of::<const_fold::ConstFold>("const-fold"),
     || PassDef::of::<dce::Dce>("dce"),
+    || PassDef::of::<fuse::Fuse>("fuse"),
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),

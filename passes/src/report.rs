@@ -1,5 +1,6 @@
 //! What passes did and what they left: the material of the driver's table and of `--json`.
 
+use crate::eqsat::explain::Chain;
 use crate::errors::{StepErrors, WeightErrors};
 use crate::mixed::Mix;
 use dialects::ir::{OpName, Symbol};
@@ -79,6 +80,8 @@ pub struct Report {
     pub notes: Vec<String>,
     /// What `mixed` found.
     pub mix: Option<Mix>,
+    /// By which rules values came to be computed as they are, if that was asked for.
+    pub chains: Vec<Chain>,
     /// Counters, for `--stats`.
     pub counts: BTreeMap<String, u64>,
 }

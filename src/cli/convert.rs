@@ -77,17 +77,7 @@ fn raise(m: &mut Module, found: Vec<Diagnostic>, n: i64, args: &Args, cx: &Conte
         return Err(Error::Invalid { path: args.model.clone(), found });
     }
     let pipeline = Pipeline::parse(&format!("raise-opset{{version={n}}}"), &cx.registry, &[], &[])?;
-    let env = DriverEnv {
-        ops: cx.registry.ops().clone(),
-        term: cx.term,
-        scratch: std::env::temp_dir(),
-        store: None,
-        calibration: None,
-        output: None,
-        baseline: None,
-        statistics: Default::default(),
-        originals: None,
-    };
+    let env = DriverEnv::without_data(cx.registry.ops(), cx.term);
     driver::run(m, &pipeline, &cx.registry, &env, &driver::Options::default())?;
     Ok(())
 }

@@ -4,11 +4,13 @@
 mod convert;
 mod diff;
 mod eval;
+mod explain;
 mod inspect;
 mod list;
 mod measuring;
 mod mixed;
 mod quantize;
+mod rules;
 mod run;
 mod sensitivity;
 mod sweep;
@@ -41,6 +43,8 @@ use std::process::ExitCode;
         qcc sensitivity model.onnx --calib tokens.npy --pass rtn\n  \
         qcc sweep model.onnx --calib tokens.npy --bits 3,4,8 --group 32,128\n  \
         qcc convert model.onnx -o model.qir\n  \
+        qcc rules --check my.qrw\n  \
+        qcc explain model.onnx --node '/layer/Add'\n  \
         qcc inspect model.onnx"
 )]
 struct Cli {
@@ -83,6 +87,10 @@ enum Command {
     Sweep(sweep::Args),
     /// Write a model in another format, as one file or two, or against a newer operator set
     Convert(convert::Args),
+    /// The rules of exact rewrites: list them, or check a file of them
+    Rules(rules::Args),
+    /// Which rules led from a node of a model to what computes its values now
+    Explain(explain::Args),
 }
 
 /// What a command works with.
@@ -127,6 +135,8 @@ fn run(cli: Cli, registry: Registry) -> Result<(), Error> {
         Some(Command::Sensitivity(args)) => sensitivity::run(&args, &cx),
         Some(Command::Sweep(args)) => sweep::run(&args, &cx),
         Some(Command::Convert(args)) => convert::run(&args, &cx),
+        Some(Command::Rules(args)) => rules::run(&args, &cx),
+        Some(Command::Explain(args)) => explain::run(&args, &cx),
         None if cli.quantize.list_passes => list::run(&cx),
         None => match cli.quantize.completions {
             Some(shell) => {

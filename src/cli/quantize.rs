@@ -12,7 +12,10 @@ use crate::pipeline::{PRESETS, Pipeline, nearest};
 use crate::qir;
 use crate::report::{self, Float, Show, Summary, Totals};
 use crate::resume::{Folder, Identity};
+use crate::rules;
+use clap::ValueEnum;
 use dialects::ir::Module;
+use passes::eqsat::qrw::UserRules;
 use passes::{Exactness, Settings};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -93,6 +96,9 @@ pub(super) struct Args {
     /// Keep a scale that has no place in the graph as a Mul
     #[arg(long, help_heading = "Quantization")]
     allow_mul: bool,
+    /// Rewrite rules of your own (.qrw), for canonicalize and fuse; each is checked first. May be given more than once
+    #[arg(long, value_name = "FILE", help_heading = "Quantization")]
+    rules: Vec<PathBuf>,
     /// What the model is to run on
     #[arg(long, value_enum, default_value_t, help_heading = "Quantization")]
     profile: Profile,
@@ -169,6 +175,13 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     }
     let mut pipeline = pipeline(args, cx)?;
     args.mixed.prepare(&mut pipeline, &cx.registry)?;
+    if !args.rules.is_empty() && !pipeline.steps.iter().any(|s| s.pass.rewrites()) {
+        return Err(Error::usage(
+            "--rules is given, but no pass of the pipeline takes it",
+            "add canonicalize",
+        ));
+    }
+    let rules = rules::load(&args.rules, cx.registry.ops())?;
     let loaded = model::load(input)?;
     for output in args.output.iter().chain(args.mixed.outputs()) {
         files::refuse_overwrite(output, &loaded.files)?;
@@ -179,7 +192,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
         return Err(Error::Invalid { path: input.to_owned(), found });
     }
     let mut env = env(args, cx, &pipeline, &m)?;
-    let options = options(args);
+    let options = options(args, rules);
     // Samples for `--check` alone leave no trace in the output.
     let fed = env.calibration.as_ref().filter(|_| needs_data(&pipeline));
     let recipe = std::iter::once(pipeline.normalized()).chain(flags(args)).collect::<Vec<_>>().join(" ");
@@ -310,7 +323,7 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
     })
 }
 
-fn options(args: &Args) -> Options {
+fn options(args: &Args, rules: UserRules) -> Options {
     let debug = &args.debug;
     Options {
         no_verify: debug.no_verify,
@@ -332,6 +345,9 @@ fn options(args: &Args) -> Options {
             tied_shared: args.tied == Tied::Shared,
             keep_opset: args.keep_opset,
             measure: args.calibration.calib.is_some(),
+            profile: args.profile.to_possible_value().map(|p| p.get_name().to_string()).unwrap_or_default(),
+            rules,
+            explain: false,
         },
     }
 }
@@ -379,7 +395,9 @@ fn flags(args: &Args) -> Vec<String> {
     let named = args.mixed.recipe.as_ref().and_then(|r| r.file_name());
     let recipe = named.map(|name| format!("--recipe {}", name.to_string_lossy()));
     let flags = flags.into_iter().filter(|(given, _)| *given).map(|(_, flag)| flag.to_string());
-    flags.chain(recipe).collect()
+    let rules = args.rules.iter().filter_map(|path| path.file_name());
+    let rules = rules.map(|name| format!("--rules {}", shell_word(&name.to_string_lossy())));
+    flags.chain(recipe).chain(rules).collect()
 }
 
 /// What the model says of how it was made, as metadata. A model that was made by qcc before keeps its earlier recipe in

@@ -1,29 +1,23 @@
-//! Puts an extraction back into the module: new ops where the choice differs from what is there, and constants
-//! computed from the constant expressions that the choice reads.
+//! Plans how an extraction is put back into the module: new ops where the choice differs from what is there, and
+//! constants computed from the constant expressions that the choice reads. [`edit`](super::edit) does it.
 //!
-//! Ops and constants that stay as they are keep their values. An op that changes only its operands is edited in place,
-//! and so is a constant that nothing else reads; a shared one stays, and the new one is called `<name>.scaled`.
+//! Ops and constants that stay as they are keep their values. A plan names values of the window that it was made for; it
+//! can be replayed on a window that is the same in all that rules see.
 
 use super::extract::Extraction;
 use super::graph::Graph;
 use super::lang::{Head, Node};
 use super::window::{Scope, Window};
-use dialects::ir::{
-    Attrs, ConstData, ConstError, ConstPool, Elem, Module, Op, OpBuilder, OpName, Region, Symbol,
-    TensorSource, Value, ValueDef, infer,
-};
+use dialects::ir::{Attrs, ConstData, ConstPool, Elem, Op, OpName, Region, Symbol, Value};
 use dialects::ops::{EvalCx, Fact, Item, OpDef, OpError};
 use dialects::tensor::Tensor;
 use egg::Id;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-/// Computed constants of more bytes than this stay expressions, evaluated whenever they are read.
-const LAZY: u64 = 1 << 20;
-
 /// What an op of the plan reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Source {
+pub(super) enum Source {
     Absent,
     /// A value that is there.
     Value(Value),
@@ -34,31 +28,30 @@ enum Source {
 }
 
 /// A new op.
-#[derive(Debug)]
-struct Step {
-    name: OpName,
-    attrs: Attrs,
-    operands: Vec<Source>,
-    outputs: u32,
-    facts: BTreeMap<u32, Fact>,
+#[derive(Clone, Debug)]
+pub(super) struct Step {
+    pub(super) name: OpName,
+    pub(super) attrs: Attrs,
+    pub(super) operands: Vec<Source>,
+    pub(super) outputs: u32,
+    pub(super) facts: BTreeMap<u32, Fact>,
     /// The op that it stands for.
-    like: Option<Op>,
-    /// It goes after the op at this place minus one.
-    place: usize,
+    pub(super) like: Option<Op>,
 }
 
 /// A constant to compute.
-#[derive(Debug)]
-struct Computed {
-    expr: Arc<Expr>,
-    elem: Elem,
-    dims: Vec<u64>,
-    base: Option<Value>,
+#[derive(Clone, Debug)]
+pub(super) struct Computed {
+    pub(super) expr: Arc<Expr>,
+    pub(super) elem: Elem,
+    pub(super) dims: Vec<u64>,
+    /// The constant of the module that it is made from.
+    pub(super) base: Option<Value>,
 }
 
 /// A constant expression. It owns what it needs, so that it can outlive the module's edits.
-enum Expr {
-    Leaf(ConstData),
+pub(super) enum Expr {
+    Leaf(Value, ConstData),
     Literal(Tensor),
     Op { name: OpName, attrs: Attrs, opset: i64, def: &'static OpDef, operands: Vec<Option<Arc<Expr>>> },
 }
@@ -66,7 +59,7 @@ enum Expr {
 impl std::fmt::Debug for Expr {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Expr::Leaf(c) => write!(f, "{}{:?}", c.elem, c.dims),
+            Expr::Leaf(_, c) => write!(f, "{}{:?}", c.elem, c.dims),
             Expr::Literal(t) => write!(f, "{}{:?}", t.elem(), t.shape()),
             Expr::Op { name, operands, .. } => write!(f, "{name}{operands:?}"),
         }
@@ -86,7 +79,7 @@ impl Expr {
             }
         };
         match self {
-            Expr::Leaf(c) => wide(Tensor::from_const(c)?),
+            Expr::Leaf(_, c) => wide(Tensor::from_const(c)?),
             Expr::Literal(t) => wide(t.clone()),
             Expr::Op { name, attrs, opset, def, operands } => {
                 if name.as_str() == "onnx.Cast" {
@@ -123,7 +116,7 @@ impl Expr {
     }
 
     /// The value as a constant of type `elem`.
-    fn constant(&self, elem: Elem) -> Result<ConstData, OpError> {
+    pub(super) fn constant(&self, elem: Elem) -> Result<ConstData, OpError> {
         let t = self.eval()?;
         let t = match elem == t.elem() {
             true => t,
@@ -133,34 +126,15 @@ impl Expr {
     }
 }
 
-/// A large computed constant, evaluated when it is read.
-#[derive(Debug)]
-struct Lazy {
-    expr: Arc<Expr>,
-    elem: Elem,
-    len: u64,
-}
-
-impl TensorSource for Lazy {
-    fn byte_len(&self) -> u64 {
-        self.len
-    }
-
-    fn read(&self) -> Result<bytes::Bytes, ConstError> {
-        let c = self.expr.constant(self.elem).map_err(|e| ConstError::Unavailable(e.to_string()))?;
-        c.read()
-    }
-}
-
 /// The edits that turn the module's window into an extraction. It no longer borrows the graph.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Plan {
-    steps: Vec<Step>,
-    consts: Vec<Computed>,
+    pub(super) steps: Vec<Step>,
+    pub(super) consts: Vec<Computed>,
     /// A value and what replaces it.
-    replace: Vec<(Value, Source)>,
-    window: Vec<Op>,
-    loc: Option<Symbol>,
+    pub(super) replace: Vec<(Value, Source)>,
+    pub(super) window: Vec<Op>,
+    pub(super) loc: Option<Symbol>,
 }
 
 struct Planner<'g, 'a, 's> {
@@ -169,6 +143,8 @@ struct Planner<'g, 'a, 's> {
     choice: &'g BTreeMap<Id, Node>,
     values: HashMap<Id, Vec<(Value, Node)>>,
     plan: Plan,
+    /// For each step: after how many ops of the region it can run.
+    places: Vec<usize>,
     done: HashMap<Id, Source>,
     made: HashMap<(OpName, u32, Vec<Source>), usize>,
     terms: BTreeMap<Id, (u64, Node)>,
@@ -188,18 +164,32 @@ pub fn plan(g: &Graph, scope: &Scope, w: &Window, roots: &[Id], x: &Extraction) 
         choice: &x.choice,
         values,
         plan: Plan { window: w.ops.clone(), ..Plan::default() },
+        places: Vec::new(),
         done: HashMap::new(),
         made: HashMap::new(),
         terms: terms(g),
         exprs: HashMap::new(),
     };
-    let seed = w.roots[0];
-    p.plan.loc = g.world().m.def_op(seed).map(|(op, _)| g.world().m.ops[op].loc.clone());
+    let seed = w.roots.first().and_then(|&v| g.world().m.def_op(v));
+    p.plan.loc = seed.map(|(op, _)| g.world().m.ops[op].loc.clone());
     let inside: HashSet<Op> = w.ops.iter().copied().collect();
+    let mut named: HashSet<Source> = HashSet::new();
     for (&v, &class) in w.roots.iter().zip(roots) {
-        let source = p.source(class)?;
+        let mut source = p.source(class)?;
         if source == Source::Value(v) {
             continue;
+        }
+        // An output of the graph is a value of its own, which an op computes.
+        let computed = match source {
+            Source::New(..) => true,
+            Source::Value(w) => {
+                !scope.is_output(w) && g.world().m.def_op(w).is_some_and(|(op, _)| inside.contains(&op))
+            }
+            _ => false,
+        };
+        if scope.is_output(v) && !(computed && named.insert(source)) {
+            let Some(identity) = p.identity(v, class, source) else { continue };
+            source = identity;
         }
         let place = p.place(source);
         if scope.first_reader(v, &inside).is_some_and(|reader| place > reader) {
@@ -239,7 +229,7 @@ impl Planner<'_, '_, '_> {
     fn place(&self, s: Source) -> usize {
         match s {
             Source::Value(v) => self.scope.place_of(v),
-            Source::New(i, _) => self.plan.steps[i].place,
+            Source::New(i, _) => self.places[i],
             Source::Absent | Source::Const(_) => 0,
         }
     }
@@ -260,9 +250,11 @@ impl Planner<'_, '_, '_> {
         }
         let known = self.values.get(&class).cloned().unwrap_or_default();
         if self.g.is_const(class) {
-            // A constant of the module before one that an op computes.
-            let leaf = known.iter().find(|(_, n)| n.children.is_empty()).or(known.first());
-            return match leaf {
+            // A constant of the module before one that an op computes, unless that is a few numbers.
+            let literal = self.terms.get(&class).is_some_and(|t| matches!(t.1.head, Head::Literal(_)));
+            let op = known.first().filter(|_| !literal);
+            let leaf = known.iter().find(|(_, n)| matches!(n.head, Head::Const(_) | Head::Literal(_)));
+            return match leaf.or(op) {
                 Some((v, _)) => Ok(Source::Value(*v)),
                 None => self.computed(class),
             };
@@ -298,24 +290,33 @@ impl Planner<'_, '_, '_> {
         let i = match self.made.get(&key) {
             Some(&i) => i,
             None => {
-                let place = operands.iter().map(|&o| self.place(o)).max().unwrap_or(0);
-                let like = self.like(class, &node);
+                self.places.push(operands.iter().map(|&o| self.place(o)).max().unwrap_or(0));
+                let like = self.like(class, &node).or_else(|| known.first().and_then(|k| old(k.0)));
                 let attrs = self.g.attrs(&node).clone();
-                self.plan.steps.push(Step {
-                    name,
-                    attrs,
-                    operands,
-                    outputs,
-                    facts: BTreeMap::new(),
-                    like,
-                    place,
-                });
+                self.plan.steps.push(Step { name, attrs, operands, outputs, facts: BTreeMap::new(), like });
                 self.made.insert(key, self.plan.steps.len() - 1);
                 self.plan.steps.len() - 1
             }
         };
         self.plan.steps[i].facts.insert(result, self.g.known(class).fact.clone());
         Ok(Source::New(i, result))
+    }
+
+    /// A step that gives `source` to the output `v`; `None` where an op does that already.
+    fn identity(&mut self, v: Value, class: Id, source: Source) -> Option<Source> {
+        let m = self.g.world().m;
+        let op = m.def_op(v).map(|(op, _)| op);
+        let data = op.map(|op| &m.ops[op]);
+        if data.is_some_and(|d| d.is("onnx.Identity") && d.operand(0).map(Source::Value) == Some(source)) {
+            return None;
+        }
+        let facts = [(0, self.g.known(class).fact.clone())].into();
+        let name = OpName::new("onnx", "Identity");
+        self.places.push(self.place(source));
+        let step =
+            Step { name, attrs: Attrs::default(), operands: vec![source], outputs: 1, facts, like: op };
+        self.plan.steps.push(step);
+        Some(Source::New(self.plan.steps.len() - 1, 0))
     }
 
     /// The step that has a class among its results, where an op of several results is made anew for another of them: it
@@ -370,7 +371,10 @@ impl Planner<'_, '_, '_> {
         let world = self.g.world();
         let node = self.terms.get(&class).ok_or("a constant has no finite term")?.1.clone();
         let expr = match node.head {
-            Head::Const(i) => Expr::Leaf(world.m.consts[world.consts[i as usize].0].clone()),
+            Head::Const(i) => {
+                let (id, v) = world.consts[i as usize];
+                Expr::Leaf(v, world.m.consts[id].clone())
+            }
             Head::Literal(i) => Expr::Literal(world.literals[i as usize].tensor.clone()),
             Head::Op { result: 0, .. } => {
                 let name = world.name(node.head).expect("an op has a name").clone();
@@ -435,158 +439,4 @@ pub fn sites(g: &Graph, x: &Extraction) -> Vec<String> {
     out.sort();
     out.dedup();
     out.into_iter().map(|v| m.value_label(v)).collect()
-}
-
-impl Plan {
-    /// Edits the module. Returns the names of the constants it computed.
-    pub fn apply(self, m: &mut Module, region: Region) -> Result<Vec<String>, OpError> {
-        // Everything that can fail comes before the first edit.
-        let mut data = Vec::new();
-        for c in &self.consts {
-            let count = c.dims.iter().product();
-            let len =
-                c.elem.byte_len(count).ok_or_else(|| OpError::invalid("a computed constant is too large"))?;
-            data.push(if len > LAZY {
-                let lazy = Lazy { expr: c.expr.clone(), elem: c.elem, len };
-                ConstData::new(c.elem, c.dims.clone(), Arc::new(lazy))
-                    .map_err(|e| OpError::invalid(e.to_string()))?
-            } else {
-                c.expr.constant(c.elem)?
-            });
-        }
-        let consts: Vec<Value> = data.into_iter().map(|d| m.add_const(region, "", d)).collect();
-
-        let order = m.regions[region].ops.clone();
-        // Ops that go after the same place keep their order: each goes after the last one put there.
-        let mut last: HashMap<usize, Op> = HashMap::new();
-        let mut ops: Vec<Op> = Vec::new();
-        let resolve = |m: &Module, ops: &[Op], s: Source| match s {
-            Source::Absent => None,
-            Source::Value(v) => Some(v),
-            Source::Const(i) => Some(consts[i]),
-            Source::New(i, r) => m.ops[ops[i]].result(r as usize),
-        };
-        let loc = self.loc.clone().unwrap_or_else(|| "".into());
-        for step in &self.steps {
-            let loc = step.like.map_or(loc.clone(), |op| m.ops[op].loc.clone());
-            let operands: Vec<Option<Value>> = step.operands.iter().map(|&s| resolve(m, &ops, s)).collect();
-            let mut build =
-                OpBuilder::named(step.name.clone(), &loc).operands(operands).attrs(step.attrs.clone());
-            for r in 0..step.outputs {
-                build = match step.facts.get(&r) {
-                    Some(fact) => build.result(fact.ty.clone()),
-                    None => build.no_result(),
-                };
-            }
-            let after = last.get(&step.place).copied().or_else(|| Some(order[step.place.checked_sub(1)?]));
-            let op = match (after, order.first()) {
-                (Some(after), _) => m.insert_after(after, build),
-                (None, Some(&first)) => m.insert_before(first, build),
-                (None, None) => m.push(region, build),
-            };
-            for (&r, fact) in &step.facts {
-                let v = m.ops[op].result(r as usize).expect("a result that has a fact is wanted");
-                m.values[v].sym = fact.sym.clone();
-            }
-            last.insert(step.place, op);
-            ops.push(op);
-        }
-        for &(old, new) in &self.replace {
-            let new = resolve(m, &ops, new).ok_or_else(|| OpError::invalid("a root has no replacement"))?;
-            m.replace_uses(old, new);
-        }
-        Ok(self.sweep(m, region, &ops, &consts))
-    }
-
-    /// Erases what the window no longer needs. An op that only reads other operands now stays the op it was, and a
-    /// constant that only has other elements stays the value it was, so that whoever holds them need not notice.
-    fn sweep(&self, m: &mut Module, region: Region, ops: &[Op], consts: &[Value]) -> Vec<String> {
-        let mut reads: HashMap<Value, usize> = HashMap::new();
-        let mut live = HashSet::new();
-        for r in m.live_regions() {
-            for v in &m.regions[r].results {
-                *reads.entry(*v).or_default() += 1;
-            }
-            for &op in &m.regions[r].ops {
-                live.insert(op);
-                for v in m.ops[op].operands.iter().flatten() {
-                    *reads.entry(*v).or_default() += 1;
-                }
-            }
-        }
-        let mut gone = HashSet::new();
-        let mut unread: HashSet<Value> = HashSet::new();
-        for &op in self.window.iter().rev().filter(|op| live.contains(op)) {
-            if m.ops[op].results.iter().flatten().any(|v| reads.get(v).is_some_and(|&n| n > 0)) {
-                continue;
-            }
-            for v in m.ops[op].operands.iter().flatten() {
-                let n = reads.get_mut(v).expect("an operand is read");
-                *n -= 1;
-                if *n == 0 && matches!(m.values[*v].def, ValueDef::Const(_)) {
-                    unread.insert(*v);
-                }
-            }
-            gone.insert(op);
-        }
-        unread.retain(|v| !m.regions.values().any(|r| r.args.contains(v)));
-        let mut merged: HashMap<Value, Value> = HashMap::new();
-        for (step, &new) in self.steps.iter().zip(ops) {
-            let Some(old) = step.like.filter(|old| gone.contains(old)) else { continue };
-            let pairs: Vec<_> = m.ops[new].results.iter().copied().zip(m.ops[old].results.clone()).collect();
-            let fits = |(n, o): &(Option<Value>, Option<Value>)| match (n, o) {
-                (Some(n), Some(o)) => infer::compatible(m.ty(*n), m.ty(*o)),
-                (n, _) => n.is_none(),
-            };
-            if !pairs.iter().all(fits) {
-                continue;
-            }
-            gone.remove(&old);
-            m.ops[old].operands = m.ops[new].operands.clone();
-            for (n, o) in pairs.iter().filter_map(|(n, o)| n.zip(*o)) {
-                m.values[o].ty = m.values[n].ty.clone();
-                m.values[o].sym = m.values[n].sym.clone();
-            }
-            merged.extend(pairs.into_iter().filter_map(|(n, o)| n.zip(o)));
-            for op in &mut m.regions[region].ops {
-                // The old op moves to the place of the new one.
-                *op = if *op == new {
-                    old
-                } else if *op == old {
-                    new
-                } else {
-                    *op
-                };
-            }
-            gone.insert(new);
-        }
-        for &op in &gone {
-            for v in m.ops[op].results.iter().flatten() {
-                m.values[*v].def = ValueDef::Erased;
-            }
-        }
-        m.regions[region].ops.retain(|op| !gone.contains(op));
-        let mut names = Vec::new();
-        for (c, &new) in self.consts.iter().zip(consts) {
-            let Some(base) = c.base else { continue };
-            let label = m.value_label(base);
-            if unread.remove(&base) {
-                m.values[base].def = m.values[new].def;
-                m.values[base].ty = m.values[new].ty.clone();
-                m.values[base].sym = None;
-                m.values[new].def = ValueDef::Erased;
-                merged.insert(new, base);
-            } else {
-                m.values[new].name = m.fresh_name(&format!("{label}.scaled"));
-            }
-            names.push(label);
-        }
-        for (&new, &old) in &merged {
-            m.replace_uses(new, old);
-        }
-        for r in m.regions.values_mut() {
-            r.consts.retain(|v| !unread.contains(v) && !merged.contains_key(v));
-        }
-        names
-    }
 }

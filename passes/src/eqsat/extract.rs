@@ -1,21 +1,17 @@
 //! Extraction: the cheapest set of e-nodes that computes all roots, shared values paid once.
 //!
-//! Greedy first (the cheapest tree of each class), then an exact search over the DAG, depth first with a lower bound,
-//! within a number of steps. The cost is what runs: bytes moved and multiplications, with a nominal size for symbolic
-//! dims; constants cost nothing to make, and what an op reads of them counts.
+//! Greedy first (the cheapest tree of each class); then one class at a time is computed another way, for as long as
+//! that makes the whole cheaper; then an exact search over the DAG, depth first with a lower bound, within a number of
+//! steps. Of equal ways the module's own is taken.
 
+use super::cost::CostModel;
 use super::graph::Graph;
-use super::lang::{Head, Node};
-use dialects::ir::Type;
+use super::lang::Node;
 use egg::Id;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-/// What a symbolic or unknown dim counts as.
-const NOMINAL: u64 = 64;
-/// The cost of running an op at all.
-const PER_OP: u64 = 1024;
-/// Steps of the exact search.
-const STEPS: u64 = 50_000;
+/// Steps of the exact search for questions about one value.
+pub const STEPS: u64 = 50_000;
 
 /// A choice of one e-node per class that is needed at run time.
 #[derive(Clone, Debug)]
@@ -26,6 +22,8 @@ pub struct Extraction {
     pub cost: u64,
     /// Whether nothing cheaper exists in the graph.
     pub optimal: bool,
+    /// What every choice costs at least.
+    pub least: u64,
 }
 
 /// Extracts from one graph.
@@ -35,54 +33,38 @@ pub struct Extractor<'g, 'a> {
     options: BTreeMap<Id, Vec<(u64, Node)>>,
 }
 
-fn bytes(ty: &Type) -> u64 {
-    let Some(t) = ty.as_tensor() else { return NOMINAL };
-    let Some(dims) = &t.dims else { return NOMINAL * NOMINAL };
-    let size = |d: &dialects::ir::Dim| d.known().and_then(|n| u64::try_from(n).ok()).unwrap_or(NOMINAL);
-    let count = dims.iter().map(size).fold(1, u64::saturating_mul);
-    count.saturating_mul(t.elem.bits() as u64) / 8
-}
-
-/// What running the e-node costs, its children not counted.
-pub fn cost(g: &Graph, class: Id, node: &Node) -> u64 {
-    if !matches!(node.head, Head::Op { .. }) || g.is_const(class) {
-        return 0;
-    }
-    let name = g.name(node).strip_prefix("onnx.").unwrap_or("");
-    if matches!(name, "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Identity" | "Shape" | "Size") {
-        return PER_OP;
-    }
-    let read: u64 = node.children.iter().map(|&c| bytes(g.ty(c))).fold(0, u64::saturating_add);
-    let mut cost = PER_OP.saturating_add(read).saturating_add(bytes(g.ty(class)));
-    if matches!(name, "MatMul" | "Gemm" | "Conv" | "Attention") {
-        // Every element of the result is a sum over as many products as the weight or V has rows.
-        let inner = g.dims(node.children[0]).and_then(|d| d.last()?.known()).unwrap_or(64).unsigned_abs();
-        cost = cost.saturating_add(bytes(g.ty(class)).saturating_mul(inner) / 8);
-    }
-    cost
-}
-
 impl<'g, 'a> Extractor<'g, 'a> {
     /// Prepares the graph, which must be rebuilt.
-    pub fn new(g: &'g Graph<'a>) -> Self {
+    pub fn new(g: &'g Graph<'a>, model: &CostModel) -> Self {
         let mut all: BTreeMap<Id, Vec<(u64, Node)>> = BTreeMap::new();
         for class in g.eg.classes() {
             if !g.is_const(class.id) && !g.is_absent(class.id) {
-                let nodes = g.nodes(class.id).into_iter().map(|n| (cost(g, class.id, &n), n)).collect();
+                let nodes = g.nodes(class.id).into_iter().map(|n| (model.of(g, class.id, &n), n)).collect();
                 all.insert(class.id, nodes);
             }
         }
+        let canonical =
+            |n: &Node| Node { head: n.head, children: n.children.iter().map(|&c| g.find(c)).collect() };
+        let own: HashSet<Node> = g.values.iter().map(|(_, _, n)| canonical(n)).collect();
         let mut this = Extractor { g, options: all };
         let tree = this.trees();
-        for (_, options) in this.options.iter_mut() {
+        for (&class, options) in this.options.iter_mut() {
+            let needs = |o: &(u64, Node)| -> BTreeSet<Id> { runs(g, &o.1).collect() };
             let total = |o: &(u64, Node)| {
-                let below =
-                    o.1.children.iter().map(|c| tree.get(&g.find(*c)).copied().unwrap_or(u64::MAX / 4));
-                let runs =
-                    o.1.children.iter().zip(below).filter(|(c, _)| !g.is_const(**c) && !g.is_absent(**c));
-                runs.map(|(_, t)| t).fold(o.0, u64::saturating_add)
+                let below = needs(o).into_iter().map(|c| tree.get(&c).copied().unwrap_or(u64::MAX / 4));
+                below.fold(o.0, u64::saturating_add)
             };
-            options.sort_by_cached_key(|o| (total(o), o.1.clone()));
+            options.sort_by_cached_key(|o| (total(o), !own.contains(&o.1), o.1.clone()));
+            // A way that needs all that another one needs, and costs as much, is never wanted; nor one that needs itself.
+            let mut kept: Vec<(BTreeSet<Id>, (u64, Node))> = Vec::new();
+            for o in std::mem::take(options) {
+                let needs = needs(&o);
+                let worse = kept.iter().any(|(n, k)| k.0 <= o.0 && n.is_subset(&needs));
+                if !needs.contains(&class) && !worse {
+                    kept.push((needs, o));
+                }
+            }
+            *options = kept.into_iter().map(|k| k.1).collect();
         }
         this
     }
@@ -110,27 +92,88 @@ impl<'g, 'a> Extractor<'g, 'a> {
 
     /// The classes that must be computed before an e-node runs.
     fn needs<'n>(&'n self, node: &'n Node) -> impl Iterator<Item = Id> + 'n {
-        let g = self.g;
-        node.children.iter().map(|&c| g.find(c)).filter(|&c| !g.is_const(c) && !g.is_absent(c))
+        runs(self.g, node)
     }
 
-    /// The cheapest choice that computes `roots`. A choice that costs no more than `enough` ends the search, and one
-    /// that costs more is of no interest then.
-    pub fn best(&self, roots: &[Id], enough: Option<u64>) -> Option<Extraction> {
+    /// The cheapest choice that computes `roots`, searched for in `steps`. A choice that costs no more than `enough` ends
+    /// the search, and one that costs more is of no interest then.
+    pub fn best(&self, roots: &[Id], enough: Option<u64>, steps: u64) -> Option<Extraction> {
         let roots: BTreeSet<Id> =
             roots.iter().map(|&r| self.g.find(r)).filter(|&r| !self.g.is_const(r)).collect();
+        let bound = enough.map_or(u64::MAX, |e| e.saturating_add(1));
+        let first = self.improved(&roots).filter(|b| b.1 < bound);
+        let forced = self.forced(&roots);
         let mut search = Search {
             x: self,
             chosen: BTreeMap::new(),
-            best: None,
-            bound: enough.map_or(u64::MAX, |e| e.saturating_add(1)),
+            bound: first.as_ref().map_or(bound, |b| b.1),
+            best: first,
             enough: enough.unwrap_or(0),
-            steps: STEPS,
+            steps,
         };
-        let least = roots.iter().map(|r| self.least(*r)).sum();
-        search.go(&roots, 0, least);
+        if search.best.as_ref().is_none_or(|b| b.1 > search.enough.max(forced)) {
+            let least = roots.iter().map(|r| self.least(*r)).sum();
+            search.go(&roots, 0, least);
+        }
         let (choice, cost) = search.best?;
-        Some(Extraction { choice, cost, optimal: search.steps > 0 })
+        Some(Extraction { choice, cost, optimal: search.steps > 0 || cost <= forced, least: forced })
+    }
+
+    /// What is paid whatever is chosen: for the classes that every way to compute `roots` needs.
+    fn forced(&self, roots: &BTreeSet<Id>) -> u64 {
+        let mut forced = roots.clone();
+        let mut todo: Vec<Id> = roots.iter().copied().collect();
+        while let Some(class) = todo.pop() {
+            let mut ways =
+                self.options.get(&class).into_iter().flatten().map(|(_, n)| self.needs(n).collect());
+            let Some(first): Option<BTreeSet<Id>> = ways.next() else { continue };
+            let all = ways.fold(first, |all, way| all.intersection(&way).copied().collect());
+            todo.extend(all.into_iter().filter(|&c| forced.insert(c)));
+        }
+        forced.into_iter().map(|c| self.least(c)).fold(0, u64::saturating_add)
+    }
+
+    /// The choice that takes the way `picks` names for a class, and the first one elsewhere.
+    fn choice(&self, roots: &BTreeSet<Id>, picks: &HashMap<Id, usize>) -> Option<(BTreeMap<Id, Node>, u64)> {
+        let mut choice = BTreeMap::new();
+        let mut cost = 0u64;
+        let mut todo: Vec<Id> = roots.iter().copied().collect();
+        while let Some(class) = todo.pop() {
+            if choice.contains_key(&class) {
+                continue;
+            }
+            let (own, node) = self.options.get(&class)?.get(picks.get(&class).copied().unwrap_or(0))?;
+            cost = cost.saturating_add(*own);
+            todo.extend(self.needs(node));
+            choice.insert(class, node.clone());
+        }
+        Some((choice, cost))
+    }
+
+    /// The cheapest trees, and from there one class at a time computed another way while that makes the whole cheaper.
+    fn improved(&self, roots: &BTreeSet<Id>) -> Option<(BTreeMap<Id, Node>, u64)> {
+        let mut picks: HashMap<Id, usize> = HashMap::new();
+        let mut best = self.choice(roots, &picks).filter(|b| self.acyclic(&b.0))?;
+        loop {
+            let before = best.1;
+            let classes: Vec<Id> = best.0.keys().copied().collect();
+            for class in classes {
+                let ways = self.options.get(&class).map_or(0, Vec::len);
+                for way in (0..ways).filter(|_| ways > 1) {
+                    let old = picks.insert(class, way);
+                    match self.choice(roots, &picks) {
+                        Some(c) if c.1 < best.1 && self.acyclic(&c.0) => best = c,
+                        _ => {
+                            picks.remove(&class);
+                            picks.extend(old.map(|o| (class, o)));
+                        }
+                    }
+                }
+            }
+            if best.1 == before {
+                return Some(best);
+            }
+        }
     }
 
     fn least(&self, class: Id) -> u64 {
@@ -162,6 +205,11 @@ impl<'g, 'a> Extractor<'g, 'a> {
         }
         done == choice.len()
     }
+}
+
+/// The classes that must be computed before an e-node runs.
+fn runs<'n>(g: &'n Graph, node: &'n Node) -> impl Iterator<Item = Id> + 'n {
+    node.children.iter().map(|&c| g.find(c)).filter(|&c| !g.is_const(c) && !g.is_absent(c))
 }
 
 struct Search<'x, 'g, 'a> {

@@ -6,7 +6,8 @@
 
 use super::graph::{Graph, Id};
 use super::lang::{Head, Node};
-use dialects::tensor::Tensor;
+use dialects::ir::Elem;
+use dialects::tensor::{Data, Tensor};
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::Arc;
@@ -64,6 +65,23 @@ fn broadcast(from: &[usize], shape: &[usize]) -> Option<Vec<usize>> {
         }
     }
     Some(out)
+}
+
+/// The number that a tensor is throughout, with the relative precision of its element type.
+fn splat(t: &Tensor) -> Option<(f64, f64)> {
+    let within = match t.elem() {
+        Elem::F16 => 1e-3,
+        Elem::BF16 => 8e-3,
+        _ => 1e-6,
+    };
+    let numbers: Vec<f64> = match t.data() {
+        Data::F64(v) => v.clone(),
+        Data::Bool(_) => return None,
+        _ if t.elem().is_float() => t.to_f32().ok()?.iter().map(|&x| f64::from(x)).collect(),
+        _ => t.to_i64().ok()?.iter().map(|&x| x as f64).collect(),
+    };
+    let first = *numbers.first()?;
+    numbers.iter().all(|x| *x == first).then_some((first, within))
 }
 
 impl Pattern {
@@ -193,6 +211,7 @@ impl Graph<'_> {
         match head {
             Head::Literal(i) => Some(world.literals[i as usize].tensor.clone()),
             Head::Const(i) => {
+                world.looked.borrow_mut().insert(i);
                 let data = &world.m.consts[world.consts[i as usize].0];
                 (data.count() <= LARGEST as u64).then(|| Tensor::from_const(data).ok()).flatten()
             }
@@ -207,13 +226,13 @@ impl Graph<'_> {
         ints.iter().map(|&i| usize::try_from(i).ok()).collect()
     }
 
-    /// The permutation of a Transpose of `rank` dims.
+    /// The permutation of a Transpose of `rank` dims; `None` if it is none.
     pub fn perm(&self, node: &Node, rank: usize) -> Option<Vec<usize>> {
-        match self.attrs(node).ints("perm") {
-            None => Some((0..rank).rev().collect()),
-            Some(p) if p.len() == rank => p.iter().map(|&i| usize::try_from(i).ok()).collect(),
-            Some(_) => None,
-        }
+        let Some(perm) = self.attrs(node).ints("perm") else { return Some((0..rank).rev().collect()) };
+        let perm: Vec<usize> = perm.iter().map(|&i| usize::try_from(i).ok()).collect::<Option<_>>()?;
+        let mut sorted = perm.clone();
+        sorted.sort_unstable();
+        sorted.into_iter().eq(0..rank).then_some(perm)
     }
 
     /// The constant `s` with `axis` brought to size one, if `s` is constant along it. A symbolic scale that varies
@@ -281,6 +300,33 @@ impl Graph<'_> {
     fn all(&self, id: Id, x: f32) -> bool {
         let same = |t: Tensor| t.to_f32().is_ok_and(|v| v.iter().all(|&y| y == x));
         self.nodes(id).iter().any(|n| self.tensor(n.head).is_some_and(same))
+    }
+
+    /// The number that a small constant is throughout, and how far from it, relative to it, the number may be that was
+    /// meant: constants are written in their element type.
+    pub fn splat(&self, id: Id) -> Option<(f64, f64)> {
+        self.splat_of(id, 4)
+    }
+
+    fn splat_of(&self, id: Id, depth: u32) -> Option<(f64, f64)> {
+        if depth == 0 || !self.is_const(id) {
+            return None;
+        }
+        self.nodes(id).iter().find_map(|n| match n.head {
+            Head::Literal(i) => splat(&self.world().literals[i as usize].tensor),
+            Head::Op { .. } => match self.name(n).strip_prefix("onnx.")? {
+                "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Identity" | "Expand" | "Cast" => {
+                    let to_float = self.elem(id)?.is_float();
+                    self.splat_of(*n.children.first()?, depth - 1).filter(|_| to_float)
+                }
+                "Sqrt" => {
+                    let (x, within) = self.splat_of(*n.children.first()?, depth - 1)?;
+                    Some((x.sqrt(), within))
+                }
+                _ => None,
+            },
+            _ => None,
+        })
     }
 
     /// Whether a constant is zero throughout.

@@ -5,15 +5,26 @@
 //! inference gives, and whether the class is made only of constants: such a class costs nothing at run time, and
 //! nothing in here reads or computes its elements.
 
-use dialects::ir::{Attrs, ConstId, Dim, Elem, Module, OpName, Region, Type, Value, infer};
+use dialects::ir::{Attrs, ConstData, ConstId, Dim, Elem, Module, OpName, Region, Type, Value, infer};
 use dialects::ops::{Fact, InferCx, OpError, Ops};
 use dialects::tensor::Tensor;
 use egg::{Analysis, DidMerge, Id, Language};
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-/// Constants of up to this many elements are compared by content.
-pub const LITERAL: u64 = 64;
+/// Integers of up to this many elements are compared by content.
+const LITERAL: u64 = 64;
+
+/// Whether a constant is compared by content: a number, or a list of integers such as ops take for axes and sizes. Weights
+/// of equal contents stay apart, since each may change on its own.
+pub fn is_literal(c: &ConstData) -> bool {
+    match c.elem {
+        Elem::String => false,
+        e if e.is_float() => c.count() == 1,
+        _ => c.count() <= LITERAL,
+    }
+}
 
 /// What an e-node does. Numbers are places in the tables of [`World`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -121,6 +132,12 @@ pub struct World<'a> {
     names: Vec<OpName>,
     name_ids: HashMap<OpName, u32>,
     attrs: Vec<Attrs>,
+    /// Inputs of the model, which are there from the start.
+    pub args: &'a [Value],
+    /// Constants that other ops of the module read too.
+    pub shared: Arc<HashSet<ConstId>>,
+    /// Large constants whose elements were asked for.
+    pub looked: RefCell<BTreeSet<u32>>,
     /// Values defined outside the window.
     pub inputs: Vec<Value>,
     /// Large constants.
@@ -140,6 +157,9 @@ impl<'a> World<'a> {
             names: Vec::new(),
             name_ids: HashMap::new(),
             attrs: vec![Attrs::default()],
+            args: &m.regions[m.top].args,
+            shared: Arc::default(),
+            looked: RefCell::default(),
             inputs: Vec::new(),
             consts: Vec::new(),
             literals: Vec::new(),
@@ -228,8 +248,10 @@ impl Analysis<Node> for World<'_> {
         let absent = |id: Id| egraph[id].nodes.iter().any(|n| n.head == Head::Absent);
         let inputs: Vec<Option<Fact>> =
             node.children.iter().map(|&c| (!absent(c)).then(|| egraph[c].data.fact.clone())).collect();
-        let konst = node.children.iter().all(|&c| egraph[c].data.konst);
         let name = world.name(node.head).expect("an op has a name");
+        // Quantized weights stay quantized, and with them whatever is computed from them.
+        let konst =
+            !crate::const_fold::is_quantization(name) && node.children.iter().all(|&c| egraph[c].data.konst);
         let region = |_: Region, _: &[Fact]| Err(OpError::Unsupported("a nested graph".into()));
         let cx = InferCx {
             name,

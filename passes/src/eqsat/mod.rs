@@ -10,25 +10,67 @@
 //! (1980) and Willsey et al., "egg: fast and extensible equality saturation" (POPL 2021).
 
 mod apply;
+mod cost;
+mod edit;
+pub mod explain;
 mod extract;
 mod facts;
 mod graph;
 mod lang;
+mod partition;
+pub mod qrw;
 mod rules;
 mod saturate;
+mod signature;
 #[cfg(test)]
 mod tests;
+mod whole;
 mod window;
 
 use crate::{PassCx, PassError};
+pub use cost::CostModel;
 use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::Ops;
-use extract::{Extraction, Extractor};
+use extract::{Extraction, Extractor, STEPS};
 use facts::Wish;
 use graph::{Graph, Id};
+pub use lang::is_literal;
+use rules::RuleSet;
+pub use rules::RuleSet as Rules;
 use saturate::{Fuel, saturate};
+pub use signature::{attrs_text, const_text};
 use std::collections::{BTreeMap, BTreeSet};
+pub use whole::{Rewrite, Rewritten, rewrite};
 use window::{Scope, Window};
+
+/// A rule, for people.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct RuleInfo {
+    /// What it serves: `canonicalize`, `fuse`, or `scales`, which passes that place scales use.
+    pub set: &'static str,
+    /// Its name.
+    pub name: String,
+    /// The ops it is about.
+    pub ops: Vec<String>,
+    /// The rule, where it is text.
+    pub text: Option<String>,
+}
+
+/// Every rule of the project.
+pub fn rules() -> Vec<RuleInfo> {
+    let mut out = Vec::new();
+    for (set, rules) in [("canonicalize", RuleSet::canonical()), ("scales", RuleSet::scales())] {
+        let info = |(name, ops): (String, Vec<String>)| RuleInfo { set, name, ops, text: None };
+        out.extend(rules.listed().into_iter().map(info));
+    }
+    out.extend(rules::fuse_rules().iter().map(|r| RuleInfo {
+        set: "fuse",
+        name: r.name.clone(),
+        ops: rules::Rule::heads(&**r).into_iter().map(str::to_string).collect(),
+        text: Some(r.text.clone()),
+    }));
+    out
+}
 
 /// Ties that are tried before a scale counts as without a place.
 const ATTEMPTS: usize = 12;
@@ -118,10 +160,10 @@ fn attempt(m: &Module, ops: &Ops, window: &Window, classes: &[u32], elem: Elem) 
     let plain = roots.clone();
     let scale = g.scale(classes, elem);
     roots[0] = g.op("onnx.Mul", &[roots[0], scale]);
-    let limit = saturate(&mut g, Fuel::default());
-    let extractor = Extractor::new(&g);
-    let without = extractor.best(&plain, None);
-    let with = without.as_ref().and_then(|w| extractor.best(&roots, Some(w.cost)));
+    let limit = saturate(&mut g, Fuel::default(), RuleSet::scales());
+    let extractor = Extractor::new(&g, &CostModel::BYTES);
+    let without = extractor.best(&plain, None, STEPS);
+    let with = without.as_ref().and_then(|w| extractor.best(&roots, Some(w.cost), STEPS));
     let searched = [&without, &with].into_iter().flatten().all(|x| x.optimal);
     let sites = with.map(|x| apply::sites(&g, &x));
     let mut wishes = g.wishes.borrow().clone();
@@ -202,13 +244,13 @@ fn fold_in(
         let window = window(&scope, &scope.readers(product));
         let mut g = Graph::new(m, ops);
         let roots = window.build(&mut g);
-        let limit = saturate(&mut g, Fuel::default());
+        let limit = saturate(&mut g, Fuel::default(), RuleSet::scales());
         let in_window: BTreeSet<Op> = window.ops.iter().copied().collect();
         let own =
             g.values.iter().filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| in_window.contains(&o)));
-        let before: u64 = own.map(|(_, id, node)| extract::cost(&g, *id, node)).sum();
-        let extractor = Extractor::new(&g);
-        let best = extractor.best(&roots, None).ok_or("the window cannot be extracted")?;
+        let before: u64 = own.map(|(_, id, node)| CostModel::BYTES.of(&g, *id, node)).sum();
+        let extractor = Extractor::new(&g, &CostModel::BYTES);
+        let best = extractor.best(&roots, None, STEPS).ok_or("the window cannot be extracted")?;
         let mut outcome = FoldOutcome { cost: (before, best.cost), ..FoldOutcome::default() };
         outcome.absorbed = match window.roots.contains(&product) {
             true => {
@@ -248,7 +290,7 @@ fn without_product(
     let product = m.ops[mul].result(0)?;
     let roots: Vec<Id> =
         window.roots.iter().zip(roots).map(|(&v, &id)| if v == product { bare } else { id }).collect();
-    extractor.best(&roots, None)
+    extractor.best(&roots, None, STEPS)
 }
 
 /// The factor of a product with a constant that is not the constant.

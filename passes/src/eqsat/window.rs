@@ -7,8 +7,9 @@
 
 use super::graph::{Graph, Id};
 use super::rules;
-use dialects::ir::{Module, Op, OpData, Region, Use, Uses, Value};
+use dialects::ir::{ConstId, Module, Op, OpData, Region, Use, Uses, Value};
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::sync::Arc;
 
 /// At most this many ops. A window that reaches it is reported.
 pub const LARGEST: usize = 200;
@@ -19,6 +20,7 @@ pub struct Scope<'a> {
     region: Region,
     uses: Uses,
     place: HashMap<Op, usize>,
+    shared: Arc<HashSet<ConstId>>,
 }
 
 /// The ops, what is read of them, and where it was cut.
@@ -43,12 +45,40 @@ impl<'a> Scope<'a> {
     /// The scope of `region`.
     pub fn new(m: &'a Module, region: Region) -> Self {
         let place = m.regions[region].ops.iter().enumerate().map(|(i, &op)| (op, i)).collect();
-        Scope { m, region, uses: m.uses(), place }
+        let uses = m.uses();
+        let mut readers: HashMap<ConstId, usize> = HashMap::new();
+        for v in m.live_regions().into_iter().flat_map(|r| &m.regions[r].consts) {
+            if let Some(c) = m.const_of(*v) {
+                *readers.entry(c).or_default() += uses.of(*v).len();
+            }
+        }
+        let shared = Arc::new(readers.into_iter().filter(|r| r.1 > 1).map(|r| r.0).collect());
+        Scope { m, region, uses, place, shared }
     }
 
     /// Where the definition of a value stands: its op's place plus one, zero for what is there from the start.
     pub fn place_of(&self, v: Value) -> usize {
         self.m.def_op(v).and_then(|(op, _)| self.place.get(&op)).map_or(0, |p| p + 1)
+    }
+
+    /// The uses of every value.
+    pub fn uses(&self) -> &Uses {
+        &self.uses
+    }
+
+    /// The constants that more than one op reads.
+    pub fn shared(&self) -> Arc<HashSet<ConstId>> {
+        self.shared.clone()
+    }
+
+    /// Whether more than one op reads a constant.
+    pub fn is_shared(&self, c: ConstId) -> bool {
+        self.shared.contains(&c)
+    }
+
+    /// Whether a value is an output of the graph.
+    pub fn is_output(&self, v: Value) -> bool {
+        self.uses.of(v).iter().any(|u| matches!(u, Use::Result(..)))
     }
 
     /// The ops that read a value.
@@ -108,6 +138,11 @@ impl<'a> Scope<'a> {
             _ => None,
         });
         self.grow(&readers.collect::<Vec<_>>(), &[], Some(product))
+    }
+
+    /// The window of these ops, which follow each other.
+    pub fn run(&self, ops: &[Op]) -> Window {
+        Window { ops: ops.to_vec(), roots: self.roots(&[], ops), ..Window::default() }
     }
 
     /// Grows upstream from `seeds`. A matrix product is followed into its left operand only where that is `through_left`.

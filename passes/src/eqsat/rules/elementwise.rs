@@ -118,7 +118,7 @@ fn divide(g: &mut Graph, f: &Node) -> Vec<Id> {
 }
 
 /// A cast to the type that is there already is nothing.
-fn cast_to_same(g: &mut Graph, f: &Node) -> Vec<Id> {
+pub(super) fn cast_to_same(g: &mut Graph, f: &Node) -> Vec<Id> {
     let to = g.attrs(f).int("to");
     let same = g.elem(f.children[0]).is_some_and(|e| Some(i64::from(e.onnx())) == to);
     if same { vec![f.children[0]] } else { Vec::new() }

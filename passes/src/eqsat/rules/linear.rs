@@ -29,7 +29,7 @@ fn scale_operand(g: &mut Graph, x: Id, s: Id) -> Option<Id> {
 }
 
 /// `(a @ b) * s = a @ (b * s)` for `s` constant over the rows of the result.
-fn columns(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
+pub(super) fn columns(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
     let (a, b) = (f.children[0], f.children[1]);
     if g.dims(a)?.len() < 2 || g.dims(b)?.len() < 2 {
         return None;
@@ -57,7 +57,7 @@ fn rows(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
 }
 
 /// `gemm(x, w, c) * s = gemm(x, w * s, c * s)` for `s` along the columns of the result.
-fn gemm(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
+pub(super) fn gemm(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
     let shape = g.shape(p.s)?;
     if shape.len() > 1 {
         return None;
@@ -82,7 +82,7 @@ fn gemm(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
 }
 
 /// `conv(x, w, b) * s = conv(x, w * s, b * s)` for `s` along the channels.
-fn conv(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
+pub(super) fn conv(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
     let s = g.padded_shape(p.s, p.rank)?;
     if s.len() < 3 || s.iter().enumerate().any(|(i, &n)| i != 1 && n != 1) {
         return None;
