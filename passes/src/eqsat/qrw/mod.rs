@@ -10,6 +10,8 @@ pub mod check;
 mod expr;
 mod instance;
 mod matching;
+#[cfg(test)]
+mod mutants;
 pub mod parse;
 mod term;
 #[cfg(test)]
