@@ -214,17 +214,17 @@ mod tests {
     }
 
     fn small(fuel: Fuel) -> Rewrite<'static> {
-        Rewrite { smallest: 3, fuel, ..Rewrite::new(RuleSet::canonical(), CostModel::ORT_CPU) }
+        Rewrite { smallest: 5, fuel, ..Rewrite::new(RuleSet::canonical(), CostModel::ORT_CPU) }
     }
 
     #[test]
     fn a_run_ends_where_one_value_leaves_it() {
         let m = blocks(4, |_| "Relu");
         let scope = Scope::new(&m, m.top);
-        let runs = partition(&m, scope.uses(), m.top, 3, |_| false);
+        let runs = partition(&m, scope.uses(), m.top, 5, |_| false);
         assert_eq!(runs.iter().map(Vec::len).collect::<Vec<_>>(), [5, 5, 5, 5]);
         let relu = |op: Op| m.ops[op].is("onnx.Relu");
-        let runs = partition(&m, scope.uses(), m.top, 3, relu);
+        let runs = partition(&m, scope.uses(), m.top, 5, relu);
         assert!(runs.iter().flatten().all(|&op| !relu(op)));
         assert_eq!(runs.iter().map(Vec::len).sum::<usize>(), 16);
     }

@@ -101,7 +101,7 @@ const CASES: &[(&str, &str, &str)] = &[
     ),
     (
         "expand",
-        "%s = onnx.Shape(%x)\n%o = onnx.ReduceSum(%x) {keepdims=1}\n%r = onnx.Expand(%o, %s)",
+        "%s = onnx.Shape(%x)\n%r = onnx.Expand(%x, %s)",
         "const %c : tensor<2xi64> [4, 1]\n%r = onnx.Expand(%i, %c)",
     ),
     (
