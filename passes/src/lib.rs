@@ -8,6 +8,7 @@ pub mod computed;
 pub mod const_fold;
 pub mod dce;
 pub mod eqsat;
+pub mod equalize;
 pub mod errors;
 pub mod f16_weights;
 pub mod fold_scales;
@@ -301,6 +302,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<const_fold::ConstFold>("const-fold"),
     || PassDef::of::<dce::Dce>("dce"),
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
+    || PassDef::of::<equalize::Equalize>("equalize"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
     || PassDef::of::<gptq::Gptq>("gptq"),

@@ -67,6 +67,11 @@ fn broadcast(from: &[usize], shape: &[usize]) -> Option<Vec<usize>> {
 }
 
 impl Pattern {
+    /// The class of the symbolic scale that each element has, `None` for an element without one.
+    pub fn scales(&self) -> impl Iterator<Item = Option<u32>> + '_ {
+        self.scale.iter().map(|&s| (s != NO_SCALE).then_some(s))
+    }
+
     fn pick(&self, shape: &[usize], index: &[usize]) -> Pattern {
         let take = |v: &[u32]| index.iter().map(|&i| v[i]).collect();
         Pattern { shape: shape.to_vec(), number: take(&self.number), scale: take(&self.scale) }

@@ -110,6 +110,15 @@ impl<'a> Scope<'a> {
         self.grow(&readers.collect::<Vec<_>>(), &[], Some(product))
     }
 
+    /// The window of the ops `readers` and of what computes their constants.
+    pub fn of_readers(&self, readers: &[Op]) -> Window {
+        let mut inside: BTreeMap<usize, Op> =
+            readers.iter().filter_map(|op| Some((*self.place.get(op)? + 1, *op))).collect();
+        let mut w = Window::default();
+        self.close(&mut w, &mut inside);
+        w
+    }
+
     /// Grows upstream from `seeds`. A matrix product is followed into its left operand only where that is `through_left`.
     fn grow(&self, seeds: &[Value], readers: &[Op], through_left: Option<Value>) -> Window {
         let m = self.m;
@@ -174,7 +183,15 @@ impl<'a> Scope<'a> {
             }
         }
         inside.extend(shapes.into_iter().map(|op| (self.place[&op] + 1, op)));
-        // Operands computed from constants join with the ops that compute them.
+        w.roots = seeds.to_vec();
+        self.close(&mut w, &mut inside);
+        w
+    }
+
+    /// Makes the ops `inside` those of the window, with the ops that compute their operands from constants, and finds
+    /// what is read of it.
+    fn close(&self, w: &mut Window, inside: &mut BTreeMap<usize, Op>) {
+        let m = self.m;
         let mut todo: Vec<Value> =
             inside.values().flat_map(|&o| m.ops[o].operands.iter().flatten().copied()).collect();
         while let Some(v) = todo.pop() {
@@ -186,9 +203,8 @@ impl<'a> Scope<'a> {
                 todo.extend(m.ops[op].operands.iter().flatten());
             }
         }
-        w.ops = inside.into_values().collect();
-        w.roots = self.roots(seeds, &w.ops);
-        w
+        w.ops = std::mem::take(inside).into_values().collect();
+        w.roots = self.roots(&w.roots, &w.ops);
     }
 
     fn roots(&self, seeds: &[Value], ops: &[Op]) -> Vec<Value> {
@@ -206,8 +222,12 @@ impl<'a> Scope<'a> {
 impl Window {
     /// Adds the window to an empty graph. Returns the class of each root.
     pub fn build(&self, g: &mut Graph) -> Vec<Id> {
+        self.build_on(g, HashMap::new())
+    }
+
+    /// Adds the window to a graph, where the values in `classes`, which are its inputs, have these classes.
+    pub fn build_on(&self, g: &mut Graph, mut classes: HashMap<Value, Id>) -> Vec<Id> {
         let m = g.world().m;
-        let mut classes: HashMap<Value, Id> = HashMap::new();
         for &op in &self.ops {
             let mut children = Vec::new();
             for operand in &m.ops[op].operands {
