@@ -17,6 +17,23 @@ pub struct Graph<'a> {
     pub(super) wishes: RefCell<Vec<Wish>>,
     /// Each value of the module that is in the graph, in the order they were added: its class and its e-node.
     pub(super) values: Vec<(Value, Id, Node)>,
+    /// The rule that is being applied.
+    pub(super) rule: String,
+    /// Every equality that was news, in order.
+    pub(super) unions: Vec<Union>,
+    /// The e-node that was added last.
+    last: Option<Node>,
+}
+
+/// An equality that a rule stated.
+#[derive(Clone, Debug)]
+pub struct Union {
+    /// The rule's name.
+    pub rule: String,
+    /// The e-node that it matched.
+    pub from: Node,
+    /// An e-node of the class that it gave.
+    pub to: Node,
 }
 
 impl<'a> Graph<'a> {
@@ -27,7 +44,15 @@ impl<'a> Graph<'a> {
             patterns: RefCell::default(),
             wishes: RefCell::default(),
             values: Vec::new(),
+            rule: String::new(),
+            unions: Vec::new(),
+            last: None,
         }
+    }
+
+    fn add(&mut self, node: Node) -> Id {
+        self.last = Some(node.clone());
+        self.eg.add(node)
     }
 
     /// The tables behind the e-nodes.
@@ -147,12 +172,12 @@ impl<'a> Graph<'a> {
         let name = self.eg.analysis.name_id(&name);
         let attrs = self.eg.analysis.attrs_id(attrs);
         let head = Head::Op { name, attrs, result: 0, wanted: 1, outputs: 1 };
-        self.eg.add(Node { head, children: children.to_vec() })
+        self.add(Node { head, children: children.to_vec() })
     }
 
     /// Adds the e-node `node` with other children.
     pub fn with(&mut self, node: &Node, children: Vec<Id>) -> Id {
-        self.eg.add(Node { head: node.head, children })
+        self.add(Node { head: node.head, children })
     }
 
     /// Adds the e-node `node` with child `i` replaced.
@@ -165,7 +190,7 @@ impl<'a> Graph<'a> {
     /// Adds a small constant.
     pub fn literal(&mut self, tensor: Tensor) -> Id {
         let i = self.eg.analysis.literal_id(tensor, None);
-        self.eg.add(Node { head: Head::Literal(i), children: Vec::new() })
+        self.add(Node { head: Head::Literal(i), children: Vec::new() })
     }
 
     /// Adds the integers `values`, as `[n]` of i64.
@@ -179,12 +204,12 @@ impl<'a> Graph<'a> {
         let scales = &mut self.eg.analysis.scales;
         scales.push(Scale { classes: classes.into(), elem });
         let head = Head::Scale((scales.len() - 1) as u32);
-        self.eg.add(Node { head, children: Vec::new() })
+        self.add(Node { head, children: Vec::new() })
     }
 
     /// Adds the operand that is left out.
     pub fn absent(&mut self) -> Id {
-        self.eg.add(Node { head: Head::Absent, children: Vec::new() })
+        self.add(Node { head: Head::Absent, children: Vec::new() })
     }
 
     /// Adds a value of the module as a leaf: a constant, or an input of the window.
@@ -212,7 +237,7 @@ impl<'a> Graph<'a> {
             }
         };
         let node = Node { head, children: Vec::new() };
-        let id = self.eg.add(node.clone());
+        let id = self.add(node.clone());
         self.values.push((v, id, node));
         id
     }
@@ -229,7 +254,7 @@ impl<'a> Graph<'a> {
             let Some(v) = *v else { continue };
             let head = Head::Op { name, attrs, result: i as u32, wanted, outputs };
             let node = Node { head, children: children.clone() };
-            let id = self.eg.add(node.clone());
+            let id = self.add(node.clone());
             // The module may know more than inference from this window does: what the file declared.
             let mut known = self.eg[id].data.clone();
             known.fact.ty = m.ty(v).unify(&known.fact.ty).unwrap_or_else(|| m.ty(v).clone());
@@ -239,9 +264,18 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// Says that two classes are equal. Returns whether that was news.
-    pub fn union(&mut self, a: Id, b: Id) -> bool {
-        self.eg.union(a, b)
+    /// Says that the class `class`, by its e-node `from`, equals the class `to`. Returns whether that was news. All
+    /// equalities are stated here, under the name of the rule that is being applied.
+    pub fn union(&mut self, class: Id, from: &Node, to: Id) -> bool {
+        if self.find(class) == self.find(to) {
+            return false;
+        }
+        let added = self.last.take().filter(|n| self.eg.lookup(n.clone()) == Some(self.find(to)));
+        let node = added.or_else(|| self.nodes(to).into_iter().next());
+        if let Some(node) = node {
+            self.unions.push(Union { rule: self.rule.clone(), from: from.clone(), to: node });
+        }
+        self.eg.union(class, to)
     }
 
     // ---- constants: what a scale becomes on its way ----

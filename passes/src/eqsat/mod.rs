@@ -28,7 +28,6 @@ use dialects::ops::Ops;
 use extract::{Extraction, Extractor};
 use facts::Wish;
 use graph::{Graph, Id};
-pub use ranges::{Between, between};
 use saturate::{Fuel, saturate};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use window::{Scope, Window};
@@ -197,7 +196,7 @@ fn solve<'a>(
             window.build_on(&mut g, HashMap::from([(value, product)]))
         }
     };
-    let limit = saturate(&mut g, Fuel::default());
+    let limit = saturate(&mut g, Fuel::default(), RuleSet::scales());
     let extractor = Extractor::new(&g);
     let without = extractor.best(&plain, None);
     let with = without.as_ref().and_then(|w| extractor.best(&roots, Some(w.cost)));
@@ -277,7 +276,7 @@ fn fold_in(
         let window = window(&scope, &scope.readers(product));
         let mut g = Graph::new(m, ops);
         let roots = window.build(&mut g);
-        let limit = saturate(&mut g, Fuel::default());
+        let limit = saturate(&mut g, Fuel::default(), RuleSet::scales());
         let in_window: BTreeSet<Op> = window.ops.iter().copied().collect();
         let own =
             g.values.iter().filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| in_window.contains(&o)));

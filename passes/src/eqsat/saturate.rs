@@ -5,7 +5,7 @@
 
 use super::graph::Graph;
 use super::lang::Node;
-use super::rules;
+use super::rules::{self, RuleSet};
 use egg::Id;
 use std::collections::HashSet;
 
@@ -24,10 +24,20 @@ impl Default for Fuel {
     }
 }
 
+/// What was applied already: the number of a rule, the class and the e-node it matched, and the other e-node that it
+/// looked at or gave.
+type Done = HashSet<(usize, Id, Node, Option<Node>)>;
+
+#[derive(Default)]
+struct Run {
+    rules: Done,
+    pushes: Done,
+    matches: usize,
+}
+
 /// Applies all rules. Returns what ran out, if anything did.
-pub fn saturate(g: &mut Graph, fuel: Fuel) -> Option<String> {
-    let mut done: HashSet<(&'static str, Id, Node, Option<Node>)> = HashSet::new();
-    let mut matches = 0;
+pub fn saturate(g: &mut Graph, fuel: Fuel, rules: &RuleSet) -> Option<String> {
+    let mut run = Run::default();
     loop {
         g.eg.rebuild();
         g.patterns.borrow_mut().clear();
@@ -40,13 +50,13 @@ pub fn saturate(g: &mut Graph, fuel: Fuel) -> Option<String> {
                 continue;
             }
             for node in g.nodes(class) {
-                news |= plain(g, class, &node, &mut done, &mut matches);
-                news |= pushes(g, class, &node, &mut done, &mut matches);
+                news |= run.rules(g, rules, class, &node);
+                news |= run.pushes(g, rules, class, &node);
                 if g.eg.total_number_of_nodes() > fuel.nodes {
                     g.eg.rebuild();
                     return Some(format!("{} e-nodes", fuel.nodes));
                 }
-                if matches > fuel.matches {
+                if run.matches > fuel.matches {
                     g.eg.rebuild();
                     return Some(format!("{} matches", fuel.matches));
                 }
@@ -60,40 +70,46 @@ pub fn saturate(g: &mut Graph, fuel: Fuel) -> Option<String> {
     }
 }
 
-type Done = HashSet<(&'static str, Id, Node, Option<Node>)>;
-
-fn plain(g: &mut Graph, class: Id, node: &Node, done: &mut Done, matches: &mut usize) -> bool {
-    let mut news = false;
-    let name = rules::short(g.name(node)).to_string();
-    for rule in rules::plains().filter(|r| r.ops.contains(&name.as_str())) {
-        // These look at parents and at children's other forms, so they are asked in every round.
-        for equal in (rule.apply)(g, node) {
-            if done.insert((rule.name, class, node.clone(), g.nodes(equal).first().cloned())) {
-                *matches += 1;
-            }
-            news |= g.union(class, equal);
-        }
-    }
-    news
-}
-
-fn pushes(g: &mut Graph, class: Id, node: &Node, done: &mut Done, matches: &mut usize) -> bool {
-    let mut news = false;
-    for p in rules::products(g, node) {
-        for f in g.nodes(p.x) {
-            let name = rules::short(g.name(&f)).to_string();
-            for rule in rules::pushes().filter(|r| r.through.contains(&name.as_str())) {
-                // The key holds the scale through `node`'s children; the class keeps it apart per product.
-                let key = (rule.name, g.find(class), node.clone(), Some(f.clone()));
-                if !done.insert(key) {
-                    continue;
+impl Run {
+    /// Asks the rules about an e-node. They look at parents and at children's other forms, so they are asked in every
+    /// round.
+    fn rules(&mut self, g: &mut Graph, rules: &RuleSet, class: Id, node: &Node) -> bool {
+        let mut news = false;
+        let name = g.name(node).to_string();
+        for (i, rule) in rules.about(&name) {
+            rule.name().clone_into(&mut g.rule);
+            for equal in rule.apply(g, node) {
+                if self.rules.insert((i, class, node.clone(), g.nodes(equal).first().cloned())) {
+                    self.matches += 1;
                 }
-                *matches += 1;
-                if let Some(equal) = (rule.push)(g, &p, &f) {
-                    news |= g.union(class, equal);
-                }
+                news |= g.union(class, node, equal);
             }
         }
+        news
     }
-    news
+
+    fn pushes(&mut self, g: &mut Graph, rules: &RuleSet, class: Id, node: &Node) -> bool {
+        let mut news = false;
+        if !rules.moves_scales() {
+            return news;
+        }
+        for p in rules::products(g, node) {
+            for f in g.nodes(p.x) {
+                let name = g.name(&f).to_string();
+                for (i, rule) in rules.through(&name) {
+                    // The key holds the scale through `node`'s children; the class keeps it apart per product.
+                    let key = (i, g.find(class), node.clone(), Some(f.clone()));
+                    if !self.pushes.insert(key) {
+                        continue;
+                    }
+                    self.matches += 1;
+                    rule.name.clone_into(&mut g.rule);
+                    if let Some(equal) = (rule.push)(g, &p, &f) {
+                        news |= g.union(class, node, equal);
+                    }
+                }
+            }
+        }
+        news
+    }
 }

@@ -1,13 +1,15 @@
 //! Exact rewrites: equalities over the reals, grouped by topic, one small function each.
 //!
-//! Most say how a scale moves one op upstream: `Mul(F(x), s) = F(Mul(x, s'))` for a constant `s`. Those are
-//! [`Push`] rules; the engine finds the product, in either operand order, and the op `F` behind it. The rest are
-//! [`Plain`] rules on one e-node. A rule gives classes that are equal to the class it matched.
+//! Many say how a scale moves one op upstream: `Mul(F(x), s) = F(Mul(x, s'))` for a constant `s`. Those are
+//! [`Push`] rules; the engine finds the product, in either operand order, and the op `F` behind it. Every other rule is
+//! a [`Rule`] on one e-node: a [`Plain`] function here, or text. A rule gives classes that are equal to the class it
+//! matched. Which rules saturate a window is a [`RuleSet`].
 //!
 //! A rule never makes a worse term on purpose, and none states commutativity or associativity. What is *not* an
 //! equality has no rule: a scale does not pass Sigmoid, Softmax, Tanh or Gelu.
 
 mod attention;
+mod canonical;
 mod elementwise;
 mod linear;
 mod movement;
@@ -15,6 +17,8 @@ mod norm;
 
 use super::graph::{Graph, Id};
 use super::lang::Node;
+use std::collections::BTreeMap;
+use std::sync::{Arc, LazyLock};
 
 /// A product `out = Mul(x, s)` with a constant `s` that keeps the shape of `x`.
 pub struct Scaled {
@@ -36,7 +40,18 @@ pub struct Push {
     pub push: fn(&mut Graph, &Scaled, &Node) -> Option<Id>,
 }
 
-/// An equality of one e-node.
+/// An equality whose left side is one e-node and what is below it.
+pub trait Rule: Send + Sync {
+    /// The rule's name, as reports print it.
+    fn name(&self) -> &str;
+    /// The ops that the left side may be, without the `onnx.` in front.
+    fn heads(&self) -> Vec<&str>;
+    /// Gives terms equal to the e-node.
+    fn apply(&self, g: &mut Graph, node: &Node) -> Vec<Id>;
+}
+
+/// A rule that is a function.
+#[derive(Clone, Copy)]
 pub struct Plain {
     /// The rule's name.
     pub name: &'static str,
@@ -46,16 +61,80 @@ pub struct Plain {
     pub apply: fn(&mut Graph, &Node) -> Vec<Id>,
 }
 
-/// All rules that move scales.
-pub fn pushes() -> impl Iterator<Item = &'static Push> {
-    [elementwise::PUSHES, linear::PUSHES, movement::PUSHES, norm::PUSHES, attention::PUSHES]
-        .into_iter()
-        .flatten()
+impl Rule for Plain {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn heads(&self) -> Vec<&str> {
+        self.ops.to_vec()
+    }
+
+    fn apply(&self, g: &mut Graph, node: &Node) -> Vec<Id> {
+        (self.apply)(g, node)
+    }
 }
 
-/// All other rules.
-pub fn plains() -> impl Iterator<Item = &'static Plain> {
-    [elementwise::PLAINS, linear::PLAINS, movement::PLAINS].into_iter().flatten()
+/// The rules that saturate a window.
+#[derive(Clone, Default)]
+pub struct RuleSet {
+    pushes: Vec<&'static Push>,
+    rules: Vec<Arc<dyn Rule>>,
+    /// For each op, without the `onnx.` in front: the places in `rules` of those about it.
+    heads: BTreeMap<String, Vec<usize>>,
+}
+
+impl RuleSet {
+    /// Moves scales per channel into constants: for [`place`](super::place) and [`fold`](super::fold).
+    pub fn scales() -> &'static RuleSet {
+        static SET: LazyLock<RuleSet> = LazyLock::new(|| {
+            let pushes =
+                [elementwise::PUSHES, linear::PUSHES, movement::PUSHES, norm::PUSHES, attention::PUSHES];
+            let pushes = pushes.into_iter().flatten().collect();
+            let set = RuleSet { pushes, ..RuleSet::default() };
+            set.with(plains(&[elementwise::PLAINS, linear::PLAINS, movement::PLAINS]))
+        });
+        &SET
+    }
+
+    /// Brings a graph into the form that other passes expect.
+    pub fn canonical() -> &'static RuleSet {
+        static SET: LazyLock<RuleSet> =
+            LazyLock::new(|| RuleSet::default().with(plains(&[canonical::PLAINS])));
+        &SET
+    }
+
+    /// These rules and more of them.
+    pub fn with(mut self, more: impl IntoIterator<Item = Arc<dyn Rule>>) -> RuleSet {
+        for rule in more {
+            for head in rule.heads() {
+                self.heads.entry(short(head).to_string()).or_default().push(self.rules.len());
+            }
+            self.rules.push(rule);
+        }
+        self
+    }
+
+    /// The rules about the op `full`, each with its number.
+    pub fn about(&self, full: &str) -> impl Iterator<Item = (usize, &dyn Rule)> {
+        let numbers = self.heads.get(short(full)).into_iter().flatten();
+        numbers.map(|&i| (i, &*self.rules[i]))
+    }
+
+    /// The rules that move a scale through the op `full`, each with its number.
+    pub fn through<'s>(&'s self, full: &'s str) -> impl Iterator<Item = (usize, &'static Push)> + 's {
+        let numbered = self.pushes.iter().copied().enumerate();
+        numbered.filter(move |(_, p)| p.through.contains(&short(full)))
+    }
+
+    /// Whether any rule moves scales.
+    pub fn moves_scales(&self) -> bool {
+        !self.pushes.is_empty()
+    }
+}
+
+fn plains(lists: &[&[Plain]]) -> Vec<Arc<dyn Rule>> {
+    lists.iter().copied().flatten().map(|&p| Arc::new(p) as Arc<dyn Rule>).collect()
 }
 
 /// An op's name as rules write it: without the `onnx.` in front.

@@ -55,7 +55,7 @@ fn skip_norm(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
     for (i, old) in results.into_iter().enumerate().skip(1) {
         if let Some(old) = old {
             let same = g.with(&f.result(i as u32), children.clone());
-            g.union(old, same);
+            g.union(old, &f.result(i as u32), same);
         }
     }
     Some(scaled)
