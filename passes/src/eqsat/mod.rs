@@ -28,6 +28,8 @@ use dialects::ops::Ops;
 use extract::{Extraction, Extractor};
 use facts::Wish;
 use graph::{Graph, Id};
+pub use ranges::{Between, between};
+use rules::RuleSet;
 use saturate::{Fuel, saturate};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use window::{Scope, Window};
