@@ -200,7 +200,8 @@ impl Joint {
 /// Whether one op alone reads a constant, through ops that one op alone reads. Another reader would need a copy.
 fn read_once(m: &Module, uses: &Uses, v: Value) -> bool {
     let konst = m.const_of(v);
-    let twins = m.values.keys().filter(|o| konst.is_some() && m.const_of(*o) == konst && !uses.of(*o).is_empty());
+    let twins =
+        m.values.keys().filter(|o| konst.is_some() && m.const_of(*o) == konst && !uses.of(*o).is_empty());
     if konst.is_some() && twins.count() > 1 {
         return false;
     }

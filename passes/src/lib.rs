@@ -26,6 +26,7 @@ pub mod quantize;
 pub mod raise_opset;
 pub mod report;
 pub mod rewrite;
+pub mod rotate;
 pub mod rtn;
 pub mod sensitivity;
 pub mod store;
@@ -303,6 +304,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<dce::Dce>("dce"),
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<equalize::Equalize>("equalize"),
+    || PassDef::of::<rotate::Rotate>("rotate"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
     || PassDef::of::<gptq::Gptq>("gptq"),

@@ -157,8 +157,12 @@ impl TensorSource for Lazy {
 /// that do not count as memory.
 pub fn settle(m: &mut Module, cx: &PassCx, pass: &'static str, from: usize) -> Result<(), PassError> {
     let values = m.live_regions().into_iter().flat_map(|r| m.regions[r].consts.clone());
-    let ids: BTreeSet<ConstId> = values.filter_map(|v| m.const_of(v)).filter(|c| c.index() >= from).collect();
-    for id in ids.into_iter().filter(|&id| m.consts[id].byte_len() > LAZY) {
+    let ids: BTreeSet<ConstId> =
+        values.filter_map(|v| m.const_of(v)).filter(|c| c.as_u32() as usize >= from).collect();
+    for id in ids {
+        if m.consts[id].byte_len() <= LAZY {
+            continue;
+        }
         let fail = |e: ConstError| PassError::At { pass, what: "a weight".into(), why: e.to_string() };
         let bytes = m.consts[id].read().map_err(fail)?;
         let mut scratch = cx.env.scratch(bytes.len())?;
@@ -426,6 +430,8 @@ pub(super) fn leaves(g: &Graph, terms: &Terms, class: Id) -> Vec<Value> {
     let world = g.world();
     let Some((_, node)) = terms.get(&g.find(class)) else { return Vec::new() };
     match node.head {
+        // What is rotated is named after itself.
+        _ if g.moves(class) => Vec::new(),
         Head::Const(i) => vec![world.consts[i as usize].1],
         Head::Literal(i) => world.literals[i as usize].value.into_iter().collect(),
         _ => node.children.iter().flat_map(|&c| leaves(g, terms, c)).collect(),

@@ -15,6 +15,7 @@ mod facts;
 mod graph;
 mod lang;
 mod ranges;
+mod rotate;
 mod rules;
 mod saturate;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use extract::{Extraction, Extractor};
 use facts::Wish;
 use graph::{Graph, Id};
 pub use ranges::{Between, between};
+pub use rotate::{Rotate, fold_rotation};
 use rules::RuleSet;
 use saturate::{Fuel, saturate};
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -54,7 +54,8 @@ pub fn between(
         return Err(format!("its scale would go into {}, and no weight", place.sites.join(" and ")));
     }
     let solved = solve(m, ops, &scope.of_readers(readers), value, along, &classes);
-    let read = solved.with.ok_or_else(|| format!("what reads {label:?} cannot take a scale on its inputs"))?;
+    let read =
+        solved.with.ok_or_else(|| format!("what reads {label:?} cannot take a scale on its inputs"))?;
     let (behind, more) = largest(&solved.g, &read, &classes)?;
     weights.extend(more);
     Ok(Between { classes, before, behind, weights })

@@ -8,14 +8,14 @@
 use super::graph::{Graph, Id};
 use super::rules;
 use dialects::ir::{Module, Op, OpData, Region, Use, Uses, Value};
-use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet};
 
 /// At most this many ops. A window that reaches it is reported.
 pub const LARGEST: usize = 200;
 
 /// A region with what windows need to know of it.
 pub struct Scope<'a> {
-    m: &'a Module,
+    pub(super) m: &'a Module,
     region: Region,
     uses: Uses,
     place: HashMap<Op, usize>,
@@ -80,7 +80,7 @@ impl<'a> Scope<'a> {
     }
 
     /// Whether a value is computed from constants alone. Quantized weights do not count: they stay as they are.
-    fn constant(&self, v: Value, depth: usize) -> bool {
+    pub(super) fn constant(&self, v: Value, depth: usize) -> bool {
         if self.m.const_of(v).is_some() {
             return true;
         }
@@ -112,10 +112,18 @@ impl<'a> Scope<'a> {
 
     /// The window of the ops `readers` and of what computes their constants.
     pub fn of_readers(&self, readers: &[Op]) -> Window {
-        let mut inside: BTreeMap<usize, Op> =
-            readers.iter().filter_map(|op| Some((*self.place.get(op)? + 1, *op))).collect();
-        let mut w = Window::default();
-        self.close(&mut w, &mut inside);
+        self.finish(Window::default(), &readers.iter().copied().collect())
+    }
+
+    /// Whether an op stands in this region.
+    pub(super) fn here(&self, op: Op) -> bool {
+        self.place.contains_key(&op)
+    }
+
+    /// The window of the ops `inside`, with what computes their constants; `w` has its seeds as roots.
+    pub(super) fn finish(&self, mut w: Window, inside: &BTreeSet<Op>) -> Window {
+        let mut ops = inside.iter().filter_map(|op| Some((*self.place.get(op)? + 1, *op))).collect();
+        self.close(&mut w, &mut ops);
         w
     }
 
