@@ -9,7 +9,7 @@
 
 use crate::eqsat::{self, Channels};
 use crate::linear::{self, Form, Linear, Weighted};
-use crate::{Changed, Exactness, Pass, PassCx, PassError};
+use crate::{Changed, Exactness, Pass, PassCx, PassError, report};
 use dialects::ir::{Elem, Module, Op, OpBuilder, Use, Uses, Value, infer};
 use dialects::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -91,18 +91,10 @@ impl Pass for Equalize {
             open.len()
         ));
         for (why, values) in left {
-            cx.report.note(format!("equalize: {}: {why}", listed(&values)));
+            let values: Vec<&str> = values.iter().map(String::as_str).collect();
+            cx.report.note(format!("equalize: {}: {why}", report::listed(&values)));
         }
         Ok(if most > SETTLED { Changed::Yes } else { Changed::No })
-    }
-}
-
-/// The first of a list of names, and how many more there are.
-fn listed(names: &[String]) -> String {
-    match names {
-        [one] => format!("{one:?}"),
-        [one, more @ ..] => format!("{one:?} and {} more", more.len()),
-        [] => String::new(),
     }
 }
 

@@ -15,7 +15,7 @@
 pub mod orthogonal;
 
 use crate::eqsat::{self, Rotate as Matrices};
-use crate::{Changed, Exactness, Pass, PassCx, PassError, dce};
+use crate::{Changed, Exactness, Pass, PassCx, PassError, dce, report};
 use dialects::ir::{Attr, Dim, Elem, Module, Op, OpBuilder, Symbol, Type, Value, infer};
 use dialects::tensor::Tensor;
 use orthogonal::{Kind, orthogonal};
@@ -62,8 +62,10 @@ impl Pass for Rotate {
                 left_out.extend(outcome.rejected);
                 continue;
             }
-            for (value, why) in &left_out {
-                cx.report.note(format!("rotate: {value:?} is not rotated: {why}"));
+            let mut by_reason: BTreeMap<&String, Vec<&str>> = BTreeMap::new();
+            left_out.iter().for_each(|(value, why)| by_reason.entry(why).or_default().push(value));
+            for (why, values) in by_reason {
+                cx.report.note(format!("rotate: {} is not rotated: {why}", report::listed(&values)));
             }
             cx.count("rotate.values", outcome.rotated as u64);
             if outcome.rotated == 0 {
@@ -89,7 +91,9 @@ struct Site {
     back: Value,
     /// The products with the rotation and with its inverse.
     ops: [Op; 2],
-    /// Why they are there still.
+    /// How many products with a rotation are left in the place of each.
+    left: [usize; 2],
+    /// Why.
     why: [Option<String>; 2],
 }
 
@@ -101,8 +105,10 @@ struct Outcome {
     rejected: Vec<(String, String)>,
     /// Constants that took the rotation.
     sites: BTreeSet<String>,
-    /// Products with a rotation that stay: their nodes, and why.
-    remaining: Vec<(Symbol, String)>,
+    /// Products with a rotation that stay.
+    stay: usize,
+    /// The values that they are made for, and why.
+    remaining: Vec<(String, String)>,
     limits: Vec<String>,
 }
 
@@ -112,10 +118,10 @@ impl Outcome {
             "rotate: {} values are rotated, {} constants took that; {} products with a rotation stay",
             self.rotated,
             self.sites.len(),
-            self.remaining.len()
+            self.stay
         ));
-        for (node, why) in &self.remaining {
-            cx.report.note(format!("rotate: at {node:?} a product with the rotation stays: {why}"));
+        for (value, why) in &self.remaining {
+            cx.report.note(format!("rotate: a product with the rotation of {value:?} stays: {why}"));
         }
         if after > before {
             cx.report.note(format!(
@@ -173,30 +179,26 @@ impl Rotate {
         for site in &sites {
             by_width.entry(site.width).or_default().push(site);
             if let [Some(before), Some(behind)] = &site.why {
-                outcome.rejected.push((site.label.clone(), format!("{before}; {behind}")));
+                let both = if before == behind { before.clone() } else { format!("{before}; {behind}") };
+                outcome.rejected.push((site.label.clone(), both));
             }
         }
         if !outcome.rejected.is_empty() {
             return Ok(outcome);
         }
-        let live: Vec<Op> = m.regions[m.top].ops.clone();
-        for (width, sites) in by_width {
-            let r = matrices[&width];
-            let stay: Vec<Op> = live.iter().copied().filter(|&op| r.done_by(m, op)).collect();
+        for sites in by_width.values() {
+            let stay: usize = sites.iter().flat_map(|s| s.left).sum();
             let into = outcome.sites.len();
-            if stay.len() >= into {
-                let why = format!(
-                    "{} products with a rotation would stay for {into} that go into weights",
-                    stay.len()
-                );
+            if stay >= into {
+                let why =
+                    format!("{stay} products with a rotation would stay for {into} that go into weights");
                 outcome.rejected.extend(sites.iter().map(|s| (s.label.clone(), why.clone())));
             }
-            for op in stay {
-                let whose = sites.iter().find(|s| s.ops.contains(&op));
-                let why = whose.map(|s| s.why.iter().flatten().cloned().collect::<Vec<_>>().join("; "));
+            outcome.stay += stay;
+            for site in sites {
                 outcome
                     .remaining
-                    .push((m.ops[op].loc.clone(), why.unwrap_or_else(|| "no constant takes it".into())));
+                    .extend(site.why.iter().flatten().map(|why| (site.label.clone(), why.clone())));
             }
         }
         drop_unused(m, matrices.values());
@@ -261,8 +263,24 @@ fn norm_input(m: &Module, op: Op) -> Option<(Value, usize)> {
         }
         _ => return None,
     };
+    let v = source(m, v);
     let width = usize::try_from(m.ty(v).dims()?.last()?.known()?).ok()?;
     (width > 1 && m.const_of(v).is_none()).then_some((v, width))
+}
+
+/// What a value is a copy of: some exporters convert to the type that is there already.
+fn source(m: &Module, mut v: Value) -> Value {
+    loop {
+        let copied = m.def_op(v).and_then(|(op, _)| {
+            let data = &m.ops[op];
+            let copy = data.is("onnx.Identity") || data.is("onnx.Cast");
+            data.operand(0).filter(|x| copy && m.ty(*x).elem().is_some() && m.ty(*x).elem() == m.ty(v).elem())
+        });
+        match copied {
+            Some(x) => v = x,
+            None => return v,
+        }
+    }
 }
 
 /// Writes a LayerNormalization out by its definition. Returns what it divides by its root mean square: `x` with the mean
@@ -289,7 +307,7 @@ fn spell_out(m: &mut Module, op: Op, x: Value, there: Option<Value>) -> Result<V
         let mut build = OpBuilder::new(name, &data.loc).operands(operands.iter().copied());
         if name == "onnx.ReduceMean" {
             build = match axes {
-                Some(axes) => build.operands([operands[0], axes]),
+                Some(axes) => build.operands([axes]),
                 None => build.attr("axes", Attr::Ints(vec![-1])),
             };
         }
@@ -336,13 +354,19 @@ fn rotated(m: &mut Module, v: Value, label: String, width: usize, r: &Matrices) 
     let back = m.ops[second].result(0).expect("it was given one");
     m.replace_uses(v, back);
     m.ops[first].operands[0] = Some(v);
+    // Shapes are the same, and asking for them must not keep anything alive.
+    for op in m.regions[m.top].ops.clone() {
+        if (m.ops[op].is("onnx.Shape") || m.ops[op].is("onnx.Size")) && m.ops[op].operand(0) == Some(back) {
+            m.ops[op].operands[0] = Some(there);
+        }
+    }
     if m.def_op(v).is_some() {
         m.values[back].name = std::mem::replace(&mut m.values[v].name, "".into());
     } else {
         m.values[back].name = m.fresh_name(&format!("{label}.unrotated"));
     }
     m.values[there].name = m.fresh_name(&format!("{label}.rotated"));
-    Site { label, width, back, ops: [first, second], why: [None, None] }
+    Site { label, width, back, ops: [first, second], left: [0, 0], why: [None, None] }
 }
 
 /// Folds every product with a rotation, later ones first: what is rotated before them is then still there.
@@ -362,7 +386,8 @@ fn fold(
                     continue;
                 }
                 match eqsat::fold_rotation(m, cx.ops, op, &r) {
-                    Ok(found) => {
+                    Ok((found, left)) => {
+                        site.left[side] = left;
                         changed |= found.cost.1 < found.cost.0;
                         let reason = || found.why_not.clone().filter(|w| !w.is_empty());
                         site.why[side] = (!found.absorbed)
@@ -370,7 +395,7 @@ fn fold(
                         outcome.sites.extend(found.sites);
                         outcome.limits.extend(found.limits);
                     }
-                    Err(why) => site.why[side] = Some(why),
+                    Err(why) => (site.left[side], site.why[side]) = (1, Some(why)),
                 }
                 keep(m, &r);
             }

@@ -522,6 +522,10 @@ impl Plan {
         for &(old, new) in &self.replace {
             let new = resolve(m, &ops, new).ok_or_else(|| OpError::invalid("a root has no replacement"))?;
             m.replace_uses(old, new);
+            // An output of the graph goes by its name.
+            if m.regions[region].results.contains(&new) && m.values[new].name.is_empty() {
+                m.values[new].name = std::mem::replace(&mut m.values[old].name, "".into());
+            }
         }
         Ok(self.sweep(m, region, &ops, &consts))
     }

@@ -17,6 +17,9 @@ use dialects::ir::{Module, Op, Value};
 use dialects::ops::Ops;
 use std::collections::BTreeSet;
 
+/// A window of a rotation is one norm, or what writes one value: it needs no more.
+const FUEL: Fuel = Fuel { nodes: 4_000, matches: 10_000 };
+
 /// Constants of a module, by their values.
 #[derive(Clone, Copy, Debug)]
 pub struct Rotate {
@@ -41,13 +44,13 @@ fn multiplies(m: &Module, op: Op, c: Value) -> bool {
 }
 
 /// Moves the rotation that `op`, a product with `r.matrix` or `r.inverse`, is into constants, if that makes the model
-/// cheaper. `absorbed` says whether no product with a rotation is left in its place.
+/// cheaper. `absorbed` says whether no product with a rotation is left in its place; beside it comes how many are.
 ///
 /// The types in `m` must be inferred. The error says what is wrong with the window.
-pub fn fold_rotation(m: &mut Module, ops: &Ops, op: Op, r: &Rotate) -> Result<FoldOutcome, String> {
+pub fn fold_rotation(m: &mut Module, ops: &Ops, op: Op, r: &Rotate) -> Result<(FoldOutcome, usize), String> {
     let region = m.ops[op].region;
     let forward = multiplies(m, op, r.inverse);
-    let (plan, mut outcome) = {
+    let (plan, (mut outcome, left)) = {
         let scope = Scope::new(m, region);
         let window = if forward { scope.behind_rotation(op) } else { scope.before_rotation(op, r) };
         if window.roots.is_empty() {
@@ -57,7 +60,7 @@ pub fn fold_rotation(m: &mut Module, ops: &Ops, op: Op, r: &Rotate) -> Result<Fo
         let roots = window.build(&mut g);
         let [matrix, inverse, centered] = [r.matrix, r.inverse, r.centered].map(|v| g.leaf(v));
         g.rotations.push(Rotation { matrix, inverse, centered });
-        let limit = saturate(&mut g, Fuel::default(), RuleSet::rotations());
+        let limit = saturate(&mut g, FUEL, RuleSet::rotations());
         let in_window: BTreeSet<Op> = window.ops.iter().copied().collect();
         let own =
             g.values.iter().filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| in_window.contains(&o)));
@@ -71,9 +74,16 @@ pub fn fold_rotation(m: &mut Module, ops: &Ops, op: Op, r: &Rotate) -> Result<Fo
             .filter(|(v, _, _)| m.def_op(*v).is_some_and(|(o, _)| of_others.contains(&o)))
             .map(|(_, id, _)| g.find(*id))
             .collect();
-        let rotates =
-            |n: &Node| matches!(n.head, Head::Op { .. }) && g.is(n, "onnx.MatMul") && g.moves(n.children[1]);
-        let left = best.choice.iter().filter(|(id, n)| rotates(n) && !theirs.contains(id)).count();
+        // A rotation that met no weight, though it may have met a gain.
+        let terms = apply::terms(&g);
+        let weight = |v: &Value| m.ty(*v).dims().is_some_and(|d| d.len() >= 2);
+        let bare = |n: &Node| {
+            matches!(n.head, Head::Op { .. })
+                && g.is(n, "onnx.MatMul")
+                && g.is_const(n.children[1])
+                && !apply::leaves(&g, &terms, n.children[1]).iter().any(weight)
+        };
+        let left = best.choice.iter().filter(|(id, n)| bare(n) && !theirs.contains(id)).count();
         let mut outcome = FoldOutcome { cost: (before, best.cost), ..FoldOutcome::default() };
         let label = m.ops[op].result(0).map(|v| m.value_label(v)).unwrap_or_default();
         outcome.limits.extend(limit.map(|l| format!("window of {label:?}: stopped at {l}")));
@@ -85,12 +95,12 @@ pub fn fold_rotation(m: &mut Module, ops: &Ops, op: Op, r: &Rotate) -> Result<Fo
         if best.cost >= before {
             outcome.cost.1 = before;
             outcome.absorbed = false;
-            return Ok(outcome);
+            return Ok((outcome, left.max(1)));
         }
-        (apply::plan(&g, &scope, &window, &roots, &best)?, outcome)
+        (apply::plan(&g, &scope, &window, &roots, &best)?, (outcome, left))
     };
     outcome.sites = plan.apply(m, region).map_err(|e| e.to_string())?;
-    Ok(outcome)
+    Ok((outcome, left))
 }
 
 impl Scope<'_> {
@@ -187,7 +197,8 @@ impl Scope<'_> {
                     continue;
                 }
                 inside.insert(op);
-                if !weight {
+                // The shape of a value is the same, rotated or not; what reads that is no matter.
+                if !weight && !matches!(name, "Shape" | "Size") {
                     todo.extend(data.results.iter().flatten());
                 }
             }

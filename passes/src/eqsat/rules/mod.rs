@@ -173,8 +173,8 @@ pub fn scale_operands(op: &str, operands: usize) -> Vec<usize> {
 pub fn rotation_operands(op: &str, operands: usize) -> Vec<usize> {
     match op {
         "Add" | "Sub" | "Mul" | "Concat" => (0..operands).collect(),
-        "Div" | "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Expand" | "Slice"
-        | "Transpose" => vec![0],
+        "Div" | "Identity" | "Cast" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Expand"
+        | "Slice" | "Transpose" => vec![0],
         _ => Vec::new(),
     }
 }
@@ -189,9 +189,19 @@ pub fn takes_rotation(op: &str) -> Option<usize> {
 }
 
 /// Whether an op may stand between a rotated value and the weights that undo the rotation: it moves rows, scales them, or
-/// needs only their length.
+/// needs only their length, or only the shape.
 pub fn follows_rotation(op: &str) -> bool {
-    let norm = ["Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"];
+    let norm = [
+        "Pow",
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "ReduceL2",
+        "Sqrt",
+        "Reciprocal",
+        "Shape",
+        "Size",
+    ];
     norm.contains(&op)
         || matches!(op, "RMSNormalization" | "SimplifiedLayerNormalization")
         || !rotation_operands(op, 1).is_empty()

@@ -10,6 +10,9 @@ use crate::eqsat::graph::{Graph, Id};
 use crate::eqsat::lang::Node;
 use dialects::tensor::Tensor;
 
+/// Ops that move elements and may keep rows whole.
+const MOVES: &[&str] = &["Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Slice", "Transpose"];
+
 /// The rules.
 pub const PLAINS: &[Plain] = &[
     Plain { name: "rotation-upstream", ops: &["MatMul"], apply: upstream },
@@ -30,6 +33,8 @@ pub const PLAINS: &[Plain] = &[
         apply: norm,
     },
     Plain { name: "linear-of-shifted", ops: &["MatMul", "Gemm"], apply: of_shifted },
+    Plain { name: "rows-of-shifted", ops: MOVES, apply: rows_of_shifted },
+    Plain { name: "shape-of-rotated", ops: &["Shape", "Size"], apply: shape },
     Plain { name: "sum-of-constants", ops: &["Add"], apply: constants },
 ];
 
@@ -53,7 +58,7 @@ fn through(g: &mut Graph, f: &Node, y: Id, a: Id) -> Option<Id> {
             if !g.is_const(w) || g.moves(w) || g.is_const(x) || g.shape(w)?.len() != 2 {
                 return None;
             }
-            let w = g.op("onnx.MatMul", &[w, a]);
+            let w = product(g, w, a);
             Some(g.with(f, vec![x, w]))
         }
         "Gemm" => {
@@ -63,10 +68,10 @@ fn through(g: &mut Graph, f: &Node, y: Id, a: Id) -> Option<Id> {
             }
             let w = match flipped {
                 true => {
-                    let a = g.transposed(a, &[1, 0])?;
-                    g.op("onnx.MatMul", &[a, w])
+                    let a = transpose(g, a)?;
+                    product(g, a, w)
                 }
-                false => g.op("onnx.MatMul", &[w, a]),
+                false => product(g, w, a),
             };
             let mut children = vec![f.children[0], w];
             if let Some(&c) = f.children.get(2) {
@@ -133,7 +138,30 @@ fn rotated(g: &mut Graph, x: Id, a: Id) -> Option<Id> {
         None => shape.push(n),
     }
     let x = g.expanded(x, &shape)?;
-    Some(g.op("onnx.MatMul", &[x, a]))
+    Some(product(g, x, a))
+}
+
+/// The product of two constants, where a rotation undoes its inverse: otherwise there would be no end of products.
+fn product(g: &mut Graph, a: Id, b: Id) -> Id {
+    for n in g.nodes_of(a, "onnx.MatMul") {
+        if g.inverse(b).is_some_and(|i| g.find(i) == g.find(n.children[1])) {
+            return n.children[0];
+        }
+    }
+    for n in g.nodes_of(b, "onnx.MatMul") {
+        if g.inverse(a).is_some_and(|i| g.find(i) == g.find(n.children[0])) {
+            return n.children[1];
+        }
+    }
+    g.op("onnx.MatMul", &[a, b])
+}
+
+/// The transpose of a rotation is its inverse.
+fn transpose(g: &mut Graph, a: Id) -> Option<Id> {
+    match g.inverse(a) {
+        Some(inverse) => Some(inverse),
+        None => g.transposed(a, &[1, 0]),
+    }
 }
 
 /// The operand of a product or quotient that is scaled by one number for each row, if it is one.
@@ -215,8 +243,8 @@ fn rotated_linear(g: &mut Graph, f: &Node) -> Vec<Id> {
     let mut out = Vec::new();
     for (x, q) in unrotated(g, f.children[0]) {
         let w = match flipped {
-            true => g.transposed(q, &[1, 0]).map(|q| g.op("onnx.MatMul", &[w, q])),
-            false => Some(g.op("onnx.MatMul", &[q, w])),
+            true => transpose(g, q).map(|q| product(g, w, q)),
+            false => Some(product(g, q, w)),
         };
         let Some(w) = w else { continue };
         let mut children = f.children.clone();
@@ -322,6 +350,53 @@ fn of_shifted(g: &mut Graph, f: &Node) -> Vec<Id> {
                 let y = g.with_child(f, 0, x);
                 g.op("onnx.Add", &[y, shift])
             });
+        }
+    }
+    out
+}
+
+/// `shape(x @ q) = shape(x)`, and the same for what scales or shifts `x` without changing its shape.
+fn shape(g: &mut Graph, f: &Node) -> Vec<Id> {
+    let y = f.children[0];
+    let mut out = Vec::new();
+    for inner in g.nodes(y) {
+        let operands = match short(g.name(&inner)) {
+            "MatMul" if g.inverse(inner.children[1]).is_some() => 0..1,
+            "Mul" | "Div" | "Add" | "Sub" => 0..2,
+            _ => continue,
+        };
+        for i in operands {
+            let x = inner.children[i];
+            let same = match (g.dims(x), g.dims(y)) {
+                (Some(a), Some(b)) => a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| a.same(b)),
+                _ => false,
+            };
+            if same && !g.is_const(x) {
+                out.push(g.with_child(f, 0, x));
+            }
+        }
+    }
+    out
+}
+
+/// `f(x * c) = f(x) * c` and `f(x + c) = f(x) + c` for what moves rows, and a constant row.
+fn rows_of_shifted(g: &mut Graph, f: &Node) -> Vec<Id> {
+    let mut out = Vec::new();
+    for inner in g.nodes(f.children[0]) {
+        if !g.is(&inner, "onnx.Mul") && !g.is(&inner, "onnx.Add") {
+            continue;
+        }
+        for (x, c) in [(0, 1), (1, 0)].map(|(i, j)| (inner.children[i], inner.children[j])) {
+            if g.is_const(x) || !g.is_const(c) || !g.fits(c, x) {
+                continue;
+            }
+            let Some(c) = g.trimmed(c).filter(|&c| g.shape(c).is_some_and(|s| s.len() <= 1)) else {
+                continue;
+            };
+            let moved = g.with_child(f, 0, x);
+            if keeps_rows(g, f, x, moved) && g.fits(c, moved) {
+                out.push(g.with(&inner, vec![moved, c]));
+            }
         }
     }
     out
