@@ -10,6 +10,7 @@ pub mod computed;
 pub mod const_fold;
 pub mod dce;
 pub mod eqsat;
+pub mod equalize;
 pub mod errors;
 pub mod f16_weights;
 pub mod fold_scales;
@@ -31,6 +32,7 @@ pub mod raise_opset;
 pub mod ranges;
 pub mod report;
 pub mod rewrite;
+pub mod rotate;
 pub mod rtn;
 pub mod sensitivity;
 pub mod store;
@@ -329,6 +331,8 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<dce::Dce>("dce"),
     || PassDef::of::<fuse::Fuse>("fuse"),
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
+    || PassDef::of::<equalize::Equalize>("equalize"),
+    || PassDef::of::<rotate::Rotate>("rotate"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
     || PassDef::of::<gptq::Gptq>("gptq"),

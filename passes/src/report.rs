@@ -160,6 +160,15 @@ impl Report {
     }
 }
 
+/// The first of a list of names, and how many more there are.
+pub fn listed(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => format!("{one:?}"),
+        [one, more @ ..] => format!("{one:?} and {} more", more.len()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -68,7 +68,7 @@ impl std::fmt::Debug for Expr {
 
 impl Expr {
     /// The value, with 16-bit floats computed in 32 bits.
-    fn eval(&self) -> Result<Tensor, OpError> {
+    pub(super) fn eval(&self) -> Result<Tensor, OpError> {
         let wide = |t: Tensor| -> Result<Tensor, OpError> {
             match t.elem() {
                 Elem::F16 | Elem::BF16 => {
@@ -147,7 +147,7 @@ struct Planner<'g, 'a, 's> {
     places: Vec<usize>,
     done: HashMap<Id, Source>,
     made: HashMap<(OpName, u32, Vec<Source>), usize>,
-    terms: BTreeMap<Id, (u64, Node)>,
+    terms: Terms,
     exprs: HashMap<Id, Arc<Expr>>,
 }
 
@@ -200,8 +200,11 @@ pub fn plan(g: &Graph, scope: &Scope, w: &Window, roots: &[Id], x: &Extraction) 
     Ok(p.plan)
 }
 
+/// The smallest term of every constant class, with its size.
+pub(super) type Terms = BTreeMap<Id, (u64, Node)>;
+
 /// The smallest term of every constant class.
-fn terms(g: &Graph) -> BTreeMap<Id, (u64, Node)> {
+pub(super) fn terms(g: &Graph) -> Terms {
     let mut classes: Vec<Id> = g.eg.classes().map(|c| c.id).filter(|&c| g.is_const(c)).collect();
     classes.sort();
     let mut best: BTreeMap<Id, (u64, Node)> = BTreeMap::new();
@@ -353,7 +356,7 @@ impl Planner<'_, '_, '_> {
         let ty = self.g.ty(class).as_tensor().ok_or("the type of a computed constant is unknown")?;
         let shape = ty.known_shape().ok_or("the shape of a computed constant is unknown")?;
         let elem = ty.elem;
-        let expr = self.expr(class)?;
+        let expr = expr(self.g, &self.terms, class, &mut self.exprs)?;
         let base = self.leaves(class).into_iter().max_by_key(|v| {
             let bytes = self.g.world().m.const_of(*v).map_or(0, |c| self.g.world().m.consts[c].byte_len());
             (bytes, std::cmp::Reverse(*v))
@@ -363,70 +366,74 @@ impl Planner<'_, '_, '_> {
         Ok(Source::Const(self.plan.consts.len() - 1))
     }
 
-    fn expr(&mut self, class: Id) -> Result<Arc<Expr>, String> {
-        let class = self.g.find(class);
-        if let Some(e) = self.exprs.get(&class) {
-            return Ok(e.clone());
-        }
-        let world = self.g.world();
-        let node = self.terms.get(&class).ok_or("a constant has no finite term")?.1.clone();
-        let expr = match node.head {
-            Head::Const(i) => {
-                let (id, v) = world.consts[i as usize];
-                Expr::Leaf(v, world.m.consts[id].clone())
-            }
-            Head::Literal(i) => Expr::Literal(world.literals[i as usize].tensor.clone()),
-            Head::Op { result: 0, .. } => {
-                let name = world.name(node.head).expect("an op has a name").clone();
-                let def = world.ops.get(&name).ok_or_else(|| format!("{name} has no evaluation"))?;
-                let (attrs, opset) = (self.g.attrs(&node).clone(), world.m.opset(name.dialect()));
-                let mut operands = Vec::new();
-                for &c in &node.children {
-                    operands.push(if self.g.is_absent(c) { None } else { Some(self.expr(c)?) });
-                }
-                Expr::Op { name, attrs, opset, def, operands }
-            }
-            _ => return Err("a symbolic scale cannot be computed".into()),
-        };
-        let expr = Arc::new(expr);
-        self.exprs.insert(class, expr.clone());
-        Ok(expr)
-    }
-
     /// The constants of the module that a constant class is made from.
     fn leaves(&self, class: Id) -> Vec<Value> {
         leaves(self.g, &self.terms, class)
     }
 }
 
-fn leaves(g: &Graph, terms: &BTreeMap<Id, (u64, Node)>, class: Id) -> Vec<Value> {
+/// The expression of a constant class; those in `done` are shared.
+pub(super) fn expr(
+    g: &Graph,
+    terms: &Terms,
+    class: Id,
+    done: &mut HashMap<Id, Arc<Expr>>,
+) -> Result<Arc<Expr>, String> {
+    let class = g.find(class);
+    if let Some(e) = done.get(&class) {
+        return Ok(e.clone());
+    }
+    let world = g.world();
+    let node = &terms.get(&class).ok_or("a constant has no finite term")?.1;
+    let made = match node.head {
+        Head::Const(i) => {
+            let (konst, v) = world.consts[i as usize];
+            Expr::Leaf(v, world.m.consts[konst].clone())
+        }
+        Head::Literal(i) => Expr::Literal(world.literals[i as usize].tensor.clone()),
+        Head::Op { result: 0, .. } => {
+            let name = world.name(node.head).expect("an op has a name").clone();
+            let def = world.ops.get(&name).ok_or_else(|| format!("{name} has no evaluation"))?;
+            let (attrs, opset) = (g.attrs(node).clone(), world.m.opset(name.dialect()));
+            let mut operands = Vec::new();
+            for &c in &node.children {
+                operands.push(if g.is_absent(c) { None } else { Some(expr(g, terms, c, done)?) });
+            }
+            Expr::Op { name, attrs, opset, def, operands }
+        }
+        _ => return Err("a symbolic scale cannot be computed".into()),
+    };
+    let made = Arc::new(made);
+    done.insert(class, made.clone());
+    Ok(made)
+}
+
+/// The constants of the module that a constant class is made from.
+pub(super) fn leaves(g: &Graph, terms: &Terms, class: Id) -> Vec<Value> {
     let world = g.world();
     let Some((_, node)) = terms.get(&g.find(class)) else { return Vec::new() };
     match node.head {
+        // What is rotated is named after itself.
+        _ if g.moves(class) => Vec::new(),
         Head::Const(i) => vec![world.consts[i as usize].1],
         Head::Literal(i) => world.literals[i as usize].value.into_iter().collect(),
         _ => node.children.iter().flat_map(|&c| leaves(g, terms, c)).collect(),
     }
 }
 
+/// Whether a symbolic scale is part of a constant.
+pub(super) fn scaled(g: &Graph, terms: &Terms, class: Id) -> bool {
+    let Some((_, node)) = terms.get(&g.find(class)) else { return false };
+    matches!(node.head, Head::Scale(_)) || node.children.iter().any(|&c| scaled(g, terms, c))
+}
+
 /// The names of the constants that an extraction multiplies by symbolic scale 0.
 pub fn sites(g: &Graph, x: &Extraction) -> Vec<String> {
     let terms = terms(g);
-    let scaled = |class: Id| -> bool {
-        let mut todo = vec![g.find(class)];
-        while let Some(c) = todo.pop() {
-            let Some((_, n)) = terms.get(&c) else { continue };
-            if matches!(n.head, Head::Scale(_)) {
-                return true;
-            }
-            todo.extend(n.children.iter().map(|&c| g.find(c)));
-        }
-        false
-    };
     let m = g.world().m;
     let mut out: Vec<Value> = Vec::new();
     for node in x.choice.values() {
-        for &c in node.children.iter().filter(|&&c| g.is_const(c) && scaled(c)) {
+        for &c in node.children.iter().filter(|&&c| g.is_const(c) && scaled(g, &terms, c)) {
             let float = |v: &Value| m.ty(*v).elem().is_some_and(|e| e.is_float());
             let size = |v: &Value| m.const_of(*v).map_or(0, |c| m.consts[c].byte_len());
             let base = leaves(g, &terms, c)

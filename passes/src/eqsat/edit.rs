@@ -5,11 +5,12 @@
 //! over the module each for what they do, so that time grows with the module and not with its square.
 
 use super::apply::{Expr, Plan, Source};
+use crate::{PassCx, PassError};
 use dialects::ir::{
-    ConstData, ConstError, Elem, Module, Op, OpBuilder, Region, TensorSource, Value, ValueDef, infer,
+    ConstData, ConstError, ConstId, Elem, Module, Op, OpBuilder, Region, TensorSource, Value, ValueDef, infer,
 };
 use dialects::ops::OpError;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 /// Computed constants of more bytes than this stay expressions, evaluated whenever they are read.
@@ -32,6 +33,26 @@ impl TensorSource for Lazy {
         let c = self.expr.constant(self.elem).map_err(|e| ConstError::Unavailable(e.to_string()))?;
         c.read()
     }
+}
+
+/// Computes the large constants that folding left as expressions, those from number `from` on, once and for all, in buffers
+/// that do not count as memory.
+pub fn settle(m: &mut Module, cx: &PassCx, pass: &'static str, from: usize) -> Result<(), PassError> {
+    let values = m.live_regions().into_iter().flat_map(|r| m.regions[r].consts.clone());
+    let ids: BTreeSet<ConstId> =
+        values.filter_map(|v| m.const_of(v)).filter(|c| c.as_u32() as usize >= from).collect();
+    for id in ids {
+        if m.consts[id].byte_len() <= LAZY {
+            continue;
+        }
+        let fail = |e: ConstError| PassError::At { pass, what: "a weight".into(), why: e.to_string() };
+        let bytes = m.consts[id].read().map_err(fail)?;
+        let mut scratch = cx.env.scratch(bytes.len())?;
+        scratch.bytes().copy_from_slice(&bytes);
+        let (elem, dims) = (m.consts[id].elem, m.consts[id].dims.clone());
+        m.consts[id] = ConstData::new(elem, dims, scratch.freeze()).map_err(fail)?;
+    }
+    Ok(())
 }
 
 impl Plan {
@@ -185,7 +206,12 @@ fn move_readers(m: &mut Module, replaced: &HashMap<Value, Value>) {
     }
     let outputs: Vec<Value> = m.regions.values().flat_map(|r| r.results.clone()).collect();
     for old in outputs.into_iter().filter(|v| replaced.contains_key(v)) {
-        m.replace_uses(old, last(old));
+        let new = last(old);
+        m.replace_uses(old, new);
+        // An output of the graph goes by its name.
+        if m.values[new].name.is_empty() {
+            m.values[new].name = std::mem::replace(&mut m.values[old].name, "".into());
+        }
     }
 }
 

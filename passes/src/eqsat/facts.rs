@@ -1,4 +1,4 @@
-//! Facts about constants, computed when a rule asks: positive, finite, constant along an axis.
+//! Facts about constants, computed when a rule asks: positive, finite, constant along an axis, orthogonal.
 //!
 //! A constant expression is never evaluated for this. Its *pattern* says which of its elements are surely equal:
 //! numbers by their bits, symbolic scales by their class. A rule that fails only because a symbolic scale varies
@@ -30,6 +30,17 @@ pub struct Pattern {
 /// Classes of a symbolic scale that a rule would need to be one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Wish(pub Vec<Vec<u32>>);
+
+/// A constant matrix that is known to be orthogonal, and what is made from it.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotation {
+    /// `Q`.
+    pub matrix: Id,
+    /// Its transpose, which is its inverse.
+    pub inverse: Id,
+    /// `Q` with the mean of each of its columns subtracted.
+    pub centered: Id,
+}
 
 /// Numbers things in the order they are first seen.
 fn number<T: Hash + Eq>(items: impl Iterator<Item = T>) -> Vec<u32> {
@@ -85,6 +96,11 @@ fn splat(t: &Tensor) -> Option<(f64, f64)> {
 }
 
 impl Pattern {
+    /// The class of the symbolic scale that each element has, `None` for an element without one.
+    pub fn scales(&self) -> impl Iterator<Item = Option<u32>> + '_ {
+        self.scale.iter().map(|&s| (s != NO_SCALE).then_some(s))
+    }
+
     fn pick(&self, shape: &[usize], index: &[usize]) -> Pattern {
         let take = |v: &[u32]| index.iter().map(|&i| v[i]).collect();
         Pattern { shape: shape.to_vec(), number: take(&self.number), scale: take(&self.scale) }
@@ -297,7 +313,7 @@ impl Graph<'_> {
     }
 
     /// Whether every element of a constant leaf is `x`.
-    fn all(&self, id: Id, x: f32) -> bool {
+    pub fn all(&self, id: Id, x: f32) -> bool {
         let same = |t: Tensor| t.to_f32().is_ok_and(|v| v.iter().all(|&y| y == x));
         self.nodes(id).iter().any(|n| self.tensor(n.head).is_some_and(same))
     }
@@ -327,6 +343,28 @@ impl Graph<'_> {
             },
             _ => None,
         })
+    }
+
+    /// The inverse of a constant matrix that is known to be orthogonal.
+    pub fn inverse(&self, a: Id) -> Option<Id> {
+        let a = self.find(a);
+        self.rotations.iter().find_map(|r| match a {
+            a if a == self.find(r.matrix) => Some(r.inverse),
+            a if a == self.find(r.inverse) => Some(r.matrix),
+            _ => None,
+        })
+    }
+
+    /// A rotation with the mean of each of its columns subtracted.
+    pub fn centered(&self, a: Id) -> Option<Id> {
+        self.rotations.iter().find(|r| self.find(r.matrix) == self.find(a)).map(|r| r.centered)
+    }
+
+    /// Whether a constant is a rotation, or what remains of one behind a value whose rows have their mean subtracted.
+    pub fn moves(&self, a: Id) -> bool {
+        let a = self.find(a);
+        let known = |r: &Rotation| [r.matrix, r.inverse, r.centered].iter().any(|&c| self.find(c) == a);
+        self.rotations.iter().any(known)
     }
 
     /// Whether a constant is zero throughout.

@@ -1,6 +1,6 @@
 //! The e-graph as rules see it: questions about classes, and ways to build terms.
 
-use super::facts::{Pattern, Wish};
+use super::facts::{Pattern, Rotation, Wish};
 use super::lang::{Head, Known, Node, Scale, World};
 use dialects::ir::{Attrs, ConstId, Dim, Elem, Module, Op, OpName, Type, Value};
 use dialects::ops::Ops;
@@ -15,6 +15,8 @@ pub struct Graph<'a> {
     pub(super) eg: egg::EGraph<Node, World<'a>>,
     pub(super) patterns: RefCell<HashMap<Id, Option<Arc<Pattern>>>>,
     pub(super) wishes: RefCell<Vec<Wish>>,
+    /// Constants that are known to be orthogonal.
+    pub(super) rotations: Vec<Rotation>,
     /// Each value of the module that is in the graph, in the order they were added: its class and its e-node.
     pub(super) values: Vec<(Value, Id, Node)>,
     /// The rule that is being applied.
@@ -43,6 +45,7 @@ impl<'a> Graph<'a> {
             eg: egg::EGraph::new(World::new(m, ops)),
             patterns: RefCell::default(),
             wishes: RefCell::default(),
+            rotations: Vec::new(),
             values: Vec::new(),
             rule: String::new(),
             unions: Vec::new(),

@@ -19,6 +19,8 @@ mod graph;
 mod lang;
 mod partition;
 pub mod qrw;
+mod ranges;
+mod rotate;
 mod rules;
 mod saturate;
 mod signature;
@@ -29,17 +31,20 @@ mod window;
 
 use crate::{PassCx, PassError};
 pub use cost::CostModel;
-use dialects::ir::{Elem, Module, Op, Value};
+use dialects::ir::{Elem, Module, Op, Type, Value};
 use dialects::ops::Ops;
+pub use edit::settle;
 use extract::{Extraction, Extractor, STEPS};
 use facts::Wish;
 use graph::{Graph, Id};
 pub use lang::is_literal;
+pub use ranges::{Between, between};
+pub use rotate::{Rotate, fold_rotation};
 use rules::RuleSet;
 pub use rules::RuleSet as Rules;
 use saturate::{Fuel, saturate};
 pub use signature::{attrs_text, const_text};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 pub use whole::{Rewrite, Rewritten, rewrite};
 use window::{Scope, Window};
 
@@ -93,14 +98,40 @@ pub struct Placement {
 ///
 /// The types in `m` must be inferred.
 pub fn place(m: &Module, ops: &Ops, value: Value, consumers: &[Op]) -> Placement {
+    place_along(m, ops, value, Channels::Last, consumers)
+}
+
+/// Which dim of a value its channels are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Channels {
+    /// The last: what a matrix multiplies.
+    Last,
+    /// The second: what a convolution reads.
+    Second,
+}
+
+impl Channels {
+    /// How many channels a value of type `ty` has, and how many dims follow them; `None` when that is unknown.
+    pub fn of(self, ty: &Type) -> Option<(usize, usize)> {
+        let dims = ty.dims()?;
+        let axis = match self {
+            Channels::Last => dims.len().checked_sub(1)?,
+            Channels::Second => 1,
+        };
+        let count = usize::try_from(dims.get(axis)?.known()?).ok().filter(|&n| n > 0)?;
+        Some((count, dims.len() - 1 - axis))
+    }
+}
+
+/// [`place`] for channels that need not be the last dim.
+pub fn place_along(m: &Module, ops: &Ops, value: Value, along: Channels, consumers: &[Op]) -> Placement {
     let not = |why: String| Placement { why_not: Some(why), ..Placement::default() };
     let label = m.value_label(value);
-    let Some(ty) = m.ty(value).as_tensor().filter(|t| t.elem.is_float()) else {
+    if !m.ty(value).elem().is_some_and(|e| e.is_float()) {
         return not(format!("{label:?} is no float tensor"));
-    };
-    let channels = ty.dims.as_ref().and_then(|d| d.last()?.known()).and_then(|n| usize::try_from(n).ok());
-    let Some(channels) = channels.filter(|&n| n > 0) else {
-        return not(format!("the last dim of {label:?} is unknown"));
+    }
+    let Some((channels, _)) = along.of(m.ty(value)) else {
+        return not(format!("the number of channels of {label:?} is unknown"));
     };
     let Some((op, _)) = m.def_op(value) else { return not(format!("{label:?} is an input")) };
     let scope = Scope::new(m, m.ops[op].region);
@@ -121,7 +152,7 @@ pub fn place(m: &Module, ops: &Ops, value: Value, consumers: &[Op]) -> Placement
         if !tried.insert(classes.clone()) {
             continue;
         }
-        let attempt = attempt(m, ops, &window, &classes, ty.elem);
+        let attempt = attempt(m, ops, &window, value, along, &classes);
         limits.extend(attempt.limit.map(|l| format!("window of {label:?}: stopped at {l}")));
         if let Some(sites) = attempt.sites {
             let freedom = (classes != free).then_some(classes);
@@ -154,23 +185,69 @@ struct Attempt {
 }
 
 /// Asks for one way of tying channels.
-fn attempt(m: &Module, ops: &Ops, window: &Window, classes: &[u32], elem: Elem) -> Attempt {
+fn attempt(
+    m: &Module,
+    ops: &Ops,
+    window: &Window,
+    value: Value,
+    along: Channels,
+    classes: &[u32],
+) -> Attempt {
+    let solved = solve(m, ops, window, value, along, classes);
+    let sites = solved.with.as_ref().map(|x| apply::sites(&solved.g, x));
+    let mut wishes = solved.g.wishes.borrow().clone();
+    wishes.sort();
+    let unsearched = (!solved.searched && sites.is_none()).then(|| "the steps of the exact search".into());
+    Attempt { sites, wishes, limit: solved.limit.or(unsearched) }
+}
+
+/// A window in which a value is multiplied by a symbolic scale.
+struct Solved<'a> {
+    g: Graph<'a>,
+    /// How to compute it at no more than it costs without the scale.
+    with: Option<Extraction>,
+    /// Whether the search for that was exact.
+    searched: bool,
+    /// What ran out.
+    limit: Option<String>,
+}
+
+/// Multiplies `value`, the window's first root or an input of it, by a symbolic scale of the classes given.
+fn solve<'a>(
+    m: &'a Module,
+    ops: &'a Ops,
+    window: &Window,
+    value: Value,
+    along: Channels,
+    classes: &[u32],
+) -> Solved<'a> {
     let mut g = Graph::new(m, ops);
-    let mut roots = window.build(&mut g);
-    let plain = roots.clone();
-    let scale = g.scale(classes, elem);
-    roots[0] = g.op("onnx.Mul", &[roots[0], scale]);
+    let plain = window.build(&mut g);
+    let mut scale = g.scale(classes, m.ty(value).elem().unwrap_or(Elem::F32));
+    if let Some((count, behind @ 1..)) = along.of(m.ty(value)) {
+        let mut dims = vec![1; behind + 1];
+        dims[0] = count;
+        scale = g.reshaped(scale, &dims);
+    }
+    let roots = match window.roots.first() == Some(&value) {
+        true => {
+            let mut roots = plain.clone();
+            roots[0] = g.op("onnx.Mul", &[roots[0], scale]);
+            roots
+        }
+        false => {
+            let bare = g.leaf(value);
+            let product = g.op("onnx.Mul", &[bare, scale]);
+            window.build_on(&mut g, HashMap::from([(value, product)]))
+        }
+    };
     let limit = saturate(&mut g, Fuel::default(), RuleSet::scales());
     let extractor = Extractor::new(&g, &CostModel::BYTES);
     let without = extractor.best(&plain, None, STEPS);
     let with = without.as_ref().and_then(|w| extractor.best(&roots, Some(w.cost), STEPS));
     let searched = [&without, &with].into_iter().flatten().all(|x| x.optimal);
-    let sites = with.map(|x| apply::sites(&g, &x));
-    let mut wishes = g.wishes.borrow().clone();
-    wishes.sort();
-    let limit =
-        limit.or_else(|| (!searched && sites.is_none()).then(|| "the steps of the exact search".into()));
-    Attempt { sites, wishes, limit }
+    drop(extractor);
+    Solved { g, with, searched, limit }
 }
 
 /// The partition in which the classes of each set of the wish are one, numbered in order of appearance.

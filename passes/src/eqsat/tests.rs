@@ -608,3 +608,6 @@ fn ties_join_classes_in_order() {
     assert_eq!(tie(&[0, 1, 2, 3], &Wish(vec![vec![1, 3]])), [0, 1, 2, 1]);
     assert_eq!(tie(&[0, 0, 1, 2], &Wish(vec![vec![2, 1], vec![1, 0]])), [0, 0, 0, 0]);
 }
+
+mod architectures;
+mod rotations;

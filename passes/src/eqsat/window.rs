@@ -8,7 +8,7 @@
 use super::graph::{Graph, Id};
 use super::rules;
 use dialects::ir::{ConstId, Module, Op, OpData, Region, Use, Uses, Value};
-use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet};
 use std::sync::Arc;
 
 /// At most this many ops. A window that reaches it is reported.
@@ -16,7 +16,7 @@ pub const LARGEST: usize = 200;
 
 /// A region with what windows need to know of it.
 pub struct Scope<'a> {
-    m: &'a Module,
+    pub(super) m: &'a Module,
     region: Region,
     uses: Uses,
     place: HashMap<Op, usize>,
@@ -110,7 +110,7 @@ impl<'a> Scope<'a> {
     }
 
     /// Whether a value is computed from constants alone. Quantized weights do not count: they stay as they are.
-    fn constant(&self, v: Value, depth: usize) -> bool {
+    pub(super) fn constant(&self, v: Value, depth: usize) -> bool {
         if self.m.const_of(v).is_some() {
             return true;
         }
@@ -143,6 +143,23 @@ impl<'a> Scope<'a> {
     /// The window of these ops, which follow each other.
     pub fn run(&self, ops: &[Op]) -> Window {
         Window { ops: ops.to_vec(), roots: self.roots(&[], ops), ..Window::default() }
+    }
+
+    /// The window of the ops `readers` and of what computes their constants.
+    pub fn of_readers(&self, readers: &[Op]) -> Window {
+        self.finish(Window::default(), &readers.iter().copied().collect())
+    }
+
+    /// Whether an op stands in this region.
+    pub(super) fn here(&self, op: Op) -> bool {
+        self.place.contains_key(&op)
+    }
+
+    /// The window of the ops `inside`, with what computes their constants; `w` has its seeds as roots.
+    pub(super) fn finish(&self, mut w: Window, inside: &BTreeSet<Op>) -> Window {
+        let mut ops = inside.iter().filter_map(|op| Some((*self.place.get(op)? + 1, *op))).collect();
+        self.close(&mut w, &mut ops);
+        w
     }
 
     /// Grows upstream from `seeds`. A matrix product is followed into its left operand only where that is `through_left`.
@@ -209,7 +226,15 @@ impl<'a> Scope<'a> {
             }
         }
         inside.extend(shapes.into_iter().map(|op| (self.place[&op] + 1, op)));
-        // Operands computed from constants join with the ops that compute them.
+        w.roots = seeds.to_vec();
+        self.close(&mut w, &mut inside);
+        w
+    }
+
+    /// Makes the ops `inside` those of the window, with the ops that compute their operands from constants, and finds
+    /// what is read of it.
+    fn close(&self, w: &mut Window, inside: &mut BTreeMap<usize, Op>) {
+        let m = self.m;
         let mut todo: Vec<Value> =
             inside.values().flat_map(|&o| m.ops[o].operands.iter().flatten().copied()).collect();
         while let Some(v) = todo.pop() {
@@ -221,9 +246,8 @@ impl<'a> Scope<'a> {
                 todo.extend(m.ops[op].operands.iter().flatten());
             }
         }
-        w.ops = inside.into_values().collect();
-        w.roots = self.roots(seeds, &w.ops);
-        w
+        w.ops = std::mem::take(inside).into_values().collect();
+        w.roots = self.roots(&w.roots, &w.ops);
     }
 
     fn roots(&self, seeds: &[Value], ops: &[Op]) -> Vec<Value> {
@@ -241,8 +265,12 @@ impl<'a> Scope<'a> {
 impl Window {
     /// Adds the window to an empty graph. Returns the class of each root.
     pub fn build(&self, g: &mut Graph) -> Vec<Id> {
+        self.build_on(g, HashMap::new())
+    }
+
+    /// Adds the window to a graph, where the values in `classes`, which are its inputs, have these classes.
+    pub fn build_on(&self, g: &mut Graph, mut classes: HashMap<Value, Id>) -> Vec<Id> {
         let m = g.world().m;
-        let mut classes: HashMap<Value, Id> = HashMap::new();
         for &op in &self.ops {
             let mut children = Vec::new();
             for operand in &m.ops[op].operands {

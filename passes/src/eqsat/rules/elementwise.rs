@@ -13,7 +13,7 @@ pub const PUSHES: &[Push] = &[
     Push { name: "scale-odd", through: &["Neg"], push: unary },
     Push {
         name: "positive-scale",
-        through: &["Relu", "LeakyRelu", "Abs"],
+        through: &["Relu", "LeakyRelu", "PRelu", "Abs"],
         push: |g, p, f| if g.positive(p.s) { unary(g, p, f) } else { None },
     },
     Push { name: "scale-cast", through: &["Cast"], push: cast },

@@ -140,9 +140,26 @@ fn into_weight(g: &mut Graph, f: &Node, full: &str, p: &Scaled, w: Id) -> Option
             dims[1] = k;
             dims
         }
-        _ => return None,
+        _ => return into_groups(g, f, p.s, k, w),
     };
     let s = g.reshaped(p.s, &dims);
     let s = if k == 1 { g.trimmed(s)? } else { s };
     g.fits(s, w).then(|| g.times(w, s))
+}
+
+/// The weight of a Conv with groups, `[O, C / groups, ..]`, times the scale of the activation's `k` channels: each group of
+/// outputs reads its own.
+fn into_groups(g: &mut Graph, f: &Node, s: Id, k: usize, w: Id) -> Option<Id> {
+    let groups = usize::try_from(g.attrs(f).int("group")?).ok().filter(|&n| n > 0)?;
+    let shape = g.shape(w)?;
+    let (&outputs, &inputs) = (shape.first()?, shape.get(1)?);
+    if inputs * groups != k || outputs % groups != 0 {
+        return None;
+    }
+    let s = g.reshaped(s, &[groups, 1, inputs]);
+    let s = g.expanded(s, &[groups, outputs / groups, inputs])?;
+    let mut dims = vec![1; shape.len()];
+    (dims[0], dims[1]) = (outputs, inputs);
+    let s = g.reshaped(s, &dims);
+    Some(g.times(w, s))
 }

@@ -19,6 +19,7 @@ mod fires;
 mod linear;
 mod movement;
 mod norm;
+mod rotation;
 mod views;
 
 use super::graph::{Graph, Id};
@@ -123,6 +124,16 @@ impl RuleSet {
         self.with(for_profile(&rules.0, profile))
     }
 
+    /// Moves orthogonal rotations, and what stands between them and weights, into constants: for
+    /// [`rotate`](super::rotate).
+    pub fn rotations() -> &'static RuleSet {
+        static SET: LazyLock<RuleSet> = LazyLock::new(|| {
+            let set = RuleSet { pushes: linear::PUSHES.iter().collect(), ..RuleSet::default() };
+            set.with(plains(&[elementwise::PLAINS, linear::PLAINS, rotation::PLAINS]))
+        });
+        &SET
+    }
+
     /// These rules and more of them.
     pub fn with(mut self, more: impl IntoIterator<Item = Arc<dyn Rule>>) -> RuleSet {
         for rule in more {
@@ -208,10 +219,49 @@ pub fn scale_operands(op: &str, operands: usize) -> Vec<usize> {
         "MatMul" => vec![0, 1],
         "Gemm" => vec![2],
         "Attention" => vec![2],
+        "PRelu" | "AveragePool" | "GlobalAveragePool" | "MaxPool" | "GlobalMaxPool" => vec![0],
         "Neg" | "Relu" | "LeakyRelu" | "Abs" | "Identity" | "Cast" | "Reshape" | "Squeeze" | "Unsqueeze"
         | "Flatten" | "Transpose" | "Expand" | "Slice" | "Split" => vec![0],
         _ => Vec::new(),
     }
+}
+
+/// Which operands of an op a rotation of its result may move to; empty for an op that lets none through, or takes it.
+pub fn rotation_operands(op: &str, operands: usize) -> Vec<usize> {
+    match op {
+        "Add" | "Sub" | "Mul" | "Concat" => (0..operands).collect(),
+        "Div" | "Identity" | "Cast" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Expand"
+        | "Slice" | "Transpose" => vec![0],
+        _ => Vec::new(),
+    }
+}
+
+/// Whether an op can take a rotation of its result into a constant of its own, its operand of the number given.
+pub fn takes_rotation(op: &str) -> Option<usize> {
+    match op {
+        "MatMul" | "Gemm" => Some(1),
+        "Gather" => Some(0),
+        _ => None,
+    }
+}
+
+/// Whether an op may stand between a rotated value and the weights that undo the rotation: it moves rows, scales them, or
+/// needs only their length, or only the shape.
+pub fn follows_rotation(op: &str) -> bool {
+    let norm = [
+        "Pow",
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "ReduceL2",
+        "Sqrt",
+        "Reciprocal",
+        "Shape",
+        "Size",
+    ];
+    norm.contains(&op)
+        || matches!(op, "RMSNormalization" | "SimplifiedLayerNormalization")
+        || !rotation_operands(op, 1).is_empty()
 }
 
 /// Whether an op can take a scale into a constant of its own.

@@ -14,6 +14,12 @@ pub const PUSHES: &[Push] = &[
     Push { name: "scale-slice", through: &["Slice"], push: slice },
     Push { name: "scale-split", through: &["Split"], push: split },
     Push { name: "scale-concat", through: &["Concat"], push: concat },
+    Push { name: "scale-pool", through: &["AveragePool", "GlobalAveragePool"], push: pool },
+    Push {
+        name: "positive-scale-pool",
+        through: &["MaxPool", "GlobalMaxPool"],
+        push: |g, p, f| if g.positive(p.s) && g.wanted(f) == 1 { pool(g, p, f) } else { None },
+    },
 ];
 
 /// Other rules.
@@ -95,6 +101,16 @@ fn reshape(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
     let wide = g.expanded(padded, &mid)?;
     let moved = g.reshaped(wide, &new);
     let x = g.scaled(x, moved)?;
+    Some(g.with_child(f, 0, x))
+}
+
+/// `pool(x) * s = pool(x * s)` for `s` along the channels, which a pool keeps apart.
+fn pool(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
+    let shape = g.padded_shape(p.s, p.rank)?;
+    if shape.iter().enumerate().any(|(axis, &n)| axis > 1 && n != 1) {
+        return None;
+    }
+    let x = g.scaled(f.children[0], p.s)?;
     Some(g.with_child(f, 0, x))
 }
 
