@@ -189,7 +189,9 @@ impl miette::Diagnostic for Error {
             }
             Error::Resume(e) => e.help()?,
             Error::Rules { problem, .. } => problem.help.as_deref()?,
-            Error::Refused { .. } => "a rule must hold for every input; add the conditions that it needs after `if`",
+            Error::Refused { .. } => {
+                "a rule must hold for every input; add the conditions that it needs after `if`"
+            }
             Error::Strict { .. } => "name what may stay float with --skip, by pattern or op type",
             _ => return None,
         };

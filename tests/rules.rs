@@ -43,7 +43,11 @@ fn a_file_is_checked() {
     fs::write(&path, r#"rewrite "a" (onnx.Mull ?a ?b) => ?a"#).unwrap();
     let ran = qcc(&["rules", "--check", &path]);
     assert_eq!(ran.code, 1);
-    assert!(ran.stderr.contains("unknown op onnx.Mull") && ran.stderr.contains("did you mean onnx.Mul?"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("unknown op onnx.Mull") && ran.stderr.contains("did you mean onnx.Mul?"),
+        "{}",
+        ran.stderr
+    );
 }
 
 #[test]
@@ -61,7 +65,8 @@ graph @main(%x : tensor<4xf32>) {
 ",
     )
     .unwrap();
-    fs::write(&rules, "rewrite \"log-of-exp\" (onnx.Log (onnx.Exp ?x)) => (onnx.Identity ?x) if float(?x)").unwrap();
+    fs::write(&rules, "rewrite \"log-of-exp\" (onnx.Log (onnx.Exp ?x)) => (onnx.Identity ?x) if float(?x)")
+        .unwrap();
     ok(&[&model, "--pass", "canonicalize", "-o", &out]);
     assert!(fs::read_to_string(&out).unwrap().contains("onnx.Log"));
     let dir2 = Folder::new();

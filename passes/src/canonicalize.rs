@@ -85,7 +85,8 @@ pub fn rewrite(
         for region in graphs(m) {
             // The second round cuts elsewhere.
             let explain = cx.settings.explain;
-            let with = Rewrite { explain, smallest: with.smallest + with.smallest / 3 * (round % 2), ..*with };
+            let with =
+                Rewrite { explain, smallest: with.smallest + with.smallest / 3 * (round % 2), ..*with };
             let outcome = eqsat::rewrite(m, cx.ops, region, &with).map_err(|why| PassError::At {
                 pass,
                 what: m.regions[region].name.to_string(),

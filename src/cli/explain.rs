@@ -40,7 +40,10 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     });
     if !known {
         let message = format!("{}: no node or value is named {:?}", args.model.display(), args.node);
-        return Err(Error::usage(message, "qcc inspect shows the nodes with weights, qcc MODEL --emit qir all"));
+        return Err(Error::usage(
+            message,
+            "qcc inspect shows the nodes with weights, qcc MODEL --emit qir all",
+        ));
     }
     let settings = Settings {
         explain: true,

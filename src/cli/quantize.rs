@@ -176,7 +176,10 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let mut pipeline = pipeline(args, cx)?;
     args.mixed.prepare(&mut pipeline, &cx.registry)?;
     if !args.rules.is_empty() && !pipeline.steps.iter().any(|s| s.pass.rewrites()) {
-        return Err(Error::usage("--rules is given, but no pass of the pipeline takes it", "add canonicalize"));
+        return Err(Error::usage(
+            "--rules is given, but no pass of the pipeline takes it",
+            "add canonicalize",
+        ));
     }
     let rules = rules::load(&args.rules, cx.registry.ops())?;
     let loaded = model::load(input)?;

@@ -73,7 +73,8 @@ pub fn since(name: &OpName) -> Option<i64> {
 /// Checks the attributes of the op `name` at `version` of its dialect. What the specification does not name, and ops
 /// of other dialects, pass.
 pub fn check(name: &OpName, version: i64, attrs: &Attrs) -> Result<(), OpError> {
-    for &Attribute { name: attribute, kind, required, .. } in attributes(name, version).into_iter().flatten() {
+    for &Attribute { name: attribute, kind, required, .. } in attributes(name, version).into_iter().flatten()
+    {
         match attrs.get(attribute) {
             None if required => {
                 return Err(OpError::invalid(format!(

@@ -119,9 +119,8 @@ fn show(g: &Graph, node: &Node, depth: usize) -> String {
         Head::Literal(i) => {
             let t = &g.world().literals[i as usize].tensor;
             let numbers = t.to_f32().map(|v| v.iter().take(5).map(f32::to_string).collect::<Vec<_>>());
-            let numbers = numbers.or_else(|_| {
-                t.to_i64().map(|v| v.iter().take(5).map(i64::to_string).collect::<Vec<_>>())
-            });
+            let numbers = numbers
+                .or_else(|_| t.to_i64().map(|v| v.iter().take(5).map(i64::to_string).collect::<Vec<_>>()));
             match numbers {
                 Ok(n) if t.len() == 1 => n.concat(),
                 Ok(n) if t.len() <= 5 => format!("[{}]", n.join(", ")),

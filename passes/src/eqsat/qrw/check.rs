@@ -58,9 +58,10 @@ pub enum Refused {
 /// On how many models both sides of a rule agree; an error says why it must not be used.
 pub fn check(rule: &TextRule, ops: &Ops) -> Result<usize, Refused> {
     let exec = Interpreter::new(ops.clone()).exact(true);
-    let seed = rule.text.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| {
-        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let seed = rule
+        .text
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     let mut rng = Rng(seed);
     let mut agreed = 0;
     for _ in 0..TRIES {
@@ -250,7 +251,11 @@ pub(in crate::eqsat) fn agree(left: &Tensor, right: &Tensor, elem: Elem) -> Resu
         return Err(format!("the left side is of {}, the right side of {}", left.elem(), right.elem()));
     }
     if left.shape() != right.shape() {
-        return Err(format!("the left side has shape {:?}, the right side {:?}", left.shape(), right.shape()));
+        return Err(format!(
+            "the left side has shape {:?}, the right side {:?}",
+            left.shape(),
+            right.shape()
+        ));
     }
     let (Some(a), Some(b)) = (numbers(left), numbers(right)) else {
         return if left == right { Ok(()) } else { Err("the sides differ".into()) };

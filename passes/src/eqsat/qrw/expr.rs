@@ -176,9 +176,7 @@ fn call(g: &Graph, f: Function, args: &[Value]) -> Option<Value> {
             let at = |i: usize| p.iter().position(|&j| usize::try_from(j) == Ok(i)).map(|j| j as i64);
             Value::ints(&(0..p.len()).map(at).collect::<Option<Vec<_>>>()?)
         }
-        Function::Axis => {
-            Value::Int(index(args[0].int()?, g.dims(class(1)?)?.len())? as i64)
-        }
+        Function::Axis => Value::Int(index(args[0].int()?, g.dims(class(1)?)?.len())? as i64),
         _ => return None,
     })
 }

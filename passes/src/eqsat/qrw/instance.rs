@@ -440,11 +440,7 @@ impl Maker<'_> {
                 false => x,
             }
         };
-        let values: Vec<f64> = if w.one_number {
-            vec![one(); n]
-        } else {
-            (0..n).map(|_| one()).collect()
-        };
+        let values: Vec<f64> = if w.one_number { vec![one(); n] } else { (0..n).map(|_| one()).collect() };
         match self.elem {
             Elem::F64 => Tensor::new(shape, values).ok(),
             Elem::I64 => Tensor::new(shape, values.iter().map(|&x| x as i64).collect::<Vec<_>>()).ok(),

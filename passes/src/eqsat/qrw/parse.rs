@@ -96,7 +96,8 @@ fn syntax(text: &str, e: &pest::error::Error<Rule>) -> RuleError {
         }
         ErrorVariant::CustomError { message } => message.clone(),
     };
-    let help = r#"a rule is: rewrite "name" (onnx.Mul ?a (onnx.Reciprocal ?b)) => (onnx.Div ?a ?b) if float(?a)"#;
+    let help =
+        r#"a rule is: rewrite "name" (onnx.Mul ?a (onnx.Reciprocal ?b)) => (onnx.Div ?a ?b) if float(?a)"#;
     error(span, format!("the rules cannot be read: {found}"), &label, Some(help.into()))
 }
 
@@ -248,13 +249,8 @@ impl<'a> Reader<'a> {
 
     fn node(&mut self, pair: Pair<Rule>) -> Result<OpTerm> {
         let span = range(&pair);
-        let mut op = OpTerm {
-            name: String::new(),
-            operands: Vec::new(),
-            attrs: Vec::new(),
-            result: 0,
-            outputs: None,
-        };
+        let mut op =
+            OpTerm { name: String::new(), operands: Vec::new(), attrs: Vec::new(), result: 0, outputs: None };
         for part in pair.into_inner() {
             match part.as_rule() {
                 Rule::op => op.name = self.op_name(&part)?,
@@ -346,7 +342,8 @@ impl<'a> Reader<'a> {
         let at = range(&pair);
         let bare = |e: &Expr| matches!(e, Expr::Int(_) | Expr::Float(_) | Expr::Str(_));
         let read = pair.as_str().trim();
-        if !self.right && read.starts_with('?') && read[1..].chars().all(|c| c.is_alphanumeric() || c == '_') {
+        if !self.right && read.starts_with('?') && read[1..].chars().all(|c| c.is_alphanumeric() || c == '_')
+        {
             let mut inner = pair;
             while inner.as_rule() != Rule::variable {
                 inner = inner.into_inner().next().expect("an expression that is a variable holds one");
@@ -425,9 +422,7 @@ impl<'a> Reader<'a> {
                     None => Ok(Expr::Var(self.variable(&pair, false)?)),
                 }
             }
-            Rule::list => {
-                Ok(Expr::List(pair.into_inner().map(|e| self.expr(e)).collect::<Result<_>>()?))
-            }
+            Rule::list => Ok(Expr::List(pair.into_inner().map(|e| self.expr(e)).collect::<Result<_>>()?)),
             _ => self.call(pair),
         }
     }

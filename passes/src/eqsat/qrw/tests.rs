@@ -27,11 +27,19 @@ fn mistakes_are_named_where_they_are() {
         (r#"rewrite "a" (onnx.Mul ?a) => ?a"#, "onnx.Mul has 1 operands, expected 2 to 2", "(onnx.Mul ?a)"),
         (r#"rewrite "a" (onnx.Neg ?a) => ?a if flat(?a)"#, "unknown function \"flat\"", "flat"),
         (r#"rewrite "a" (onnx.Neg ?a) => ?a if rank(?a)"#, "this is no condition", "rank(?a)"),
-        (r#"rewrite "a" (onnx.Neg ?a) => ?a if rank(?a, 1) == 2"#, "rank takes 1 arguments, found 2", "rank(?a, 1)"),
+        (
+            r#"rewrite "a" (onnx.Neg ?a) => ?a if rank(?a, 1) == 2"#,
+            "rank takes 1 arguments, found 2",
+            "rank(?a, 1)",
+        ),
         (r#"rewrite "a" (onnx.Neg ?a) = ?a"#, "the rules cannot be read: unexpected '='", "="),
         (r#"rewrite "a" (onnx.Neg ?a)"#, "the rules cannot be read: the text ends too early", ")"),
         (r#"rewrite "a" (onnx.Neg ?a) => <?a | 1>"#, "the right side is one term, not one of several", ""),
-        (r#"rewrite "a" (onnx.Cast ?a {to=?a}) => ?a"#, "?a is a value, and stands for an attribute here", "?a"),
+        (
+            r#"rewrite "a" (onnx.Cast ?a {to=?a}) => ?a"#,
+            "?a is a value, and stands for an attribute here",
+            "?a",
+        ),
         (r#"rewrite "a" (onnx.Cast ?a {to=rank(?a)}) => ?a"#, "on the left, an attribute is", "rank(?a)"),
         (r#"rewrite "a" (onnx.Split ?a)#2/2 => ?a"#, "the op has no such result", "#2/2"),
     ] {
@@ -83,28 +91,49 @@ fn what_is_no_equality_is_refuted() {
         // Right but where b is larger than a.
         (r#"rewrite "a" (onnx.Sub (onnx.Add ?a ?b) ?b) => ?a"#, "shape"),
         // Not of a negative scale.
-        (r#"rewrite "a" (onnx.Relu (onnx.Mul ?x ?s)) => (onnx.Mul (onnx.Relu ?x) ?s) if constant(?s)"#, "element"),
+        (
+            r#"rewrite "a" (onnx.Relu (onnx.Mul ?x ?s)) => (onnx.Mul (onnx.Relu ?x) ?s) if constant(?s)"#,
+            "element",
+        ),
         // The product of transpositions in the other order.
-        (r#"rewrite "a" (onnx.Transpose (onnx.Transpose ?x {perm=?p}) {perm=?q})
-            => (onnx.Transpose ?x {perm=compose(?q, ?p)})"#, ""),
+        (
+            r#"rewrite "a" (onnx.Transpose (onnx.Transpose ?x {perm=?p}) {perm=?q})
+            => (onnx.Transpose ?x {perm=compose(?q, ?p)})"#,
+            "",
+        ),
         // An axis off by one.
         (r#"rewrite "a" (onnx.Squeeze (onnx.Unsqueeze ?x [0]) [-1]) => ?x if opset >= 13"#, ""),
         // A scale per row is none per column.
-        (r#"rewrite "a" (onnx.MatMul (onnx.Mul ?x ?s) ?w) => (onnx.MatMul ?x (onnx.Mul ?w ?s))
-            if constant(?s), rank(?s) == 1, rank(?x) >= 2, rank(?w) >= 2"#, ""),
+        (
+            r#"rewrite "a" (onnx.MatMul (onnx.Mul ?x ?s) ?w) => (onnx.MatMul ?x (onnx.Mul ?w ?s))
+            if constant(?s), rank(?s) == 1, rank(?x) >= 2, rank(?w) >= 2"#,
+            "",
+        ),
         // Integer division rounds.
         (r#"rewrite "a" (onnx.Mul (onnx.Div ?a 2) 2) => ?a"#, "element"),
         // The mean is not taken away.
-        (r#"rewrite "a" (onnx.ReduceMean (onnx.Sub ?x (onnx.ReduceMean ?x [-1])) [-1]) => (onnx.ReduceMean ?x [-1])
-            if opset >= 18, float(?x)"#, "element"),
+        (
+            r#"rewrite "a" (onnx.ReduceMean (onnx.Sub ?x (onnx.ReduceMean ?x [-1])) [-1]) => (onnx.ReduceMean ?x [-1])
+            if opset >= 18, float(?x)"#,
+            "element",
+        ),
         // Without a condition on the version.
-        (r#"rewrite "a" (onnx.Mul (onnx.Sigmoid ?x) (onnx.Sigmoid ?x)) => (onnx.Pow (onnx.Gelu ?x) 2)"#, "opset"),
+        (
+            r#"rewrite "a" (onnx.Mul (onnx.Sigmoid ?x) (onnx.Sigmoid ?x)) => (onnx.Pow (onnx.Gelu ?x) 2)"#,
+            "opset",
+        ),
         // A dropped epsilon.
-        (r#"rewrite "a" (onnx.Div ?x (onnx.Sqrt (onnx.Add (onnx.ReduceMean (onnx.Mul ?x ?x) [-1]) ?e)))
+        (
+            r#"rewrite "a" (onnx.Div ?x (onnx.Sqrt (onnx.Add (onnx.ReduceMean (onnx.Mul ?x ?x) [-1]) ?e)))
             => (onnx.Div ?x (onnx.Sqrt (onnx.ReduceMean (onnx.Mul ?x ?x) [-1])))
-            if opset >= 18, float(?x), splat(?e), value(?e) > 0, rank(?e) == 0"#, "element"),
+            if opset >= 18, float(?x), splat(?e), value(?e) > 0, rank(?e) == 0"#,
+            "element",
+        ),
         // A precision that is lost.
-        (r#"rewrite "a" (onnx.Cast (onnx.Cast ?x {to=f16}) {to=?t}) => (onnx.Cast ?x {to=?t}) if elem(?x) == ?t"#, ""),
+        (
+            r#"rewrite "a" (onnx.Cast (onnx.Cast ?x {to=f16}) {to=?t}) => (onnx.Cast ?x {to=?t}) if elem(?x) == ?t"#,
+            "",
+        ),
         // It claims too much.
         (r#"rewrite "a" (onnx.Sub ?x ?x) => (onnx.Mul ?x 0) with infinities"#, ""),
     ] {

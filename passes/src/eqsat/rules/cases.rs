@@ -163,7 +163,8 @@ fn assert_sound(rule: &str, m: &Module, g: &Graph, classes: &HashMap<Value, Id>)
                         }
                         let op = m.push(top, build);
                         let made = exec.evaluate(&m, op, &operands);
-                        let made = made.unwrap_or_else(|e| panic!("{rule}: {} cannot be run: {e}", g.name(&node)));
+                        let made =
+                            made.unwrap_or_else(|e| panic!("{rule}: {} cannot be run: {e}", g.name(&node)));
                         made[result as usize].tensor().unwrap().clone()
                     }
                     head => match g.tensor(head) {
@@ -195,7 +196,10 @@ fn every_rule_fires_and_refuses() {
     for (name, set) in alone() {
         let Some(case) = cases.remove(&name) else {
             // Cases of their own, in the whole set, are in `fires.rs`.
-            assert!(RuleSet::canonical().names().any(|n| n == name), "cases.txt has no case for the rule {name:?}");
+            assert!(
+                RuleSet::canonical().names().any(|n| n == name),
+                "cases.txt has no case for the rule {name:?}"
+            );
             continue;
         };
         for (body, fires) in [(&case.fires, true), (&case.refuses, false)] {
