@@ -23,6 +23,9 @@ use std::collections::HashSet;
 /// Samples that both models are run on: a row of activations that saturate hides what is wrong before them.
 const SAMPLES: usize = 8;
 
+/// What inputs of small floats are multiplied by.
+const SMALL: f32 = 1.0 / 1024.0;
+
 /// What `--check` found, as relative errors of the model's outputs (Frobenius, the worst output).
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Checked {
@@ -52,7 +55,10 @@ pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -
         let results = &before.regions[before.top].results;
         let output = output % results.len();
         let name = before.value_label(results[output]);
-        let values = |m: &Module, wanted: &[Value]| values(m, env, true, wanted);
+        let values = |m: &Module, wanted: &[Value]| match pass.exactness() {
+            Exactness::Exact => values_and_small(m, env, wanted),
+            Exactness::Lossy => values(m, env, true, wanted),
+        };
         let at = locate::locate(models.0, models.1, output, tolerance, &values);
         let at = at.map(|at| format!("; it begins at {at}")).unwrap_or_default();
         Err(format!(
@@ -60,6 +66,8 @@ pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -
         ))
     };
     if pass.exactness() == Exactness::Exact {
+        let run = |m: &Module| values_and_small(m, env, &m.regions[m.top].results);
+        let (a, b) = (run(before)?, run(after)?);
         let wiring = agree("wiring error of an exact pass", (before, after), (&a, &b))?;
         return Ok(Checked { wiring: Some(wiring), quantization: None, activations });
     }
@@ -140,6 +148,26 @@ fn values(m: &Module, env: &DriverEnv, exact: bool, wanted: &[Value]) -> Result<
     for batch in data.first(SAMPLES) {
         let inputs = inputs_of(m, batch.map_err(|e| e.message)?);
         out.extend(run_once(&exec, m, &inputs, wanted).map_err(|e| e.to_string())?);
+    }
+    Ok(out)
+}
+
+/// [`values`], and after them those on the first batch with floats made small, where there are some: what is added to
+/// keep a norm from dividing by zero shows there.
+fn values_and_small(m: &Module, env: &DriverEnv, wanted: &[Value]) -> Result<Vec<Item>, String> {
+    let mut out = values(m, env, true, wanted)?;
+    let first =
+        env.calibration.as_ref().and_then(|data| data.first(1).next()).ok_or("there are no sample inputs")?;
+    let mut batch = first.map_err(|e| e.message)?;
+    let mut any = false;
+    for (_, t) in batch.iter_mut().filter(|(_, t)| t.elem().is_float()) {
+        let x = t.to_f32().map_err(|e| e.to_string())?.iter().map(|x| x * SMALL).collect();
+        *t = Tensor::from_f32(t.elem(), t.shape(), x).map_err(|e| e.to_string())?;
+        any = true;
+    }
+    if any {
+        let exec = Interpreter::new(env.ops.clone()).exact(true);
+        out.extend(run_once(&exec, m, &inputs_of(m, batch), wanted).map_err(|e| e.to_string())?);
     }
     Ok(out)
 }

@@ -128,16 +128,13 @@ impl<'a> Scope<'a> {
 
     /// The window upstream of `seed`, whose users `readers` want it scaled.
     pub fn upstream(&self, seed: Value, readers: &[Op]) -> Window {
-        self.grow(&[seed], readers, None)
+        self.grow(&[seed], readers)
     }
 
-    /// The window of `product` and of the ops that read it, in which it may move into their weights.
+    /// The window of `product` and of the ops that read it, in which it may move into their weights, and nowhere else.
     pub fn around(&self, product: Value) -> Window {
-        let readers = self.uses.of(product).iter().filter_map(|u| match u {
-            Use::Operand(op, _) if self.place.contains_key(op) => self.m.ops[*op].result(0),
-            _ => None,
-        });
-        self.grow(&readers.collect::<Vec<_>>(), &[], Some(product))
+        let mul = self.m.def_op(product).map(|(op, _)| op);
+        self.finish(Window::default(), &self.readers(product).into_iter().chain(mul).collect())
     }
 
     /// The window of these ops, which follow each other.
@@ -162,8 +159,8 @@ impl<'a> Scope<'a> {
         w
     }
 
-    /// Grows upstream from `seeds`. A matrix product is followed into its left operand only where that is `through_left`.
-    fn grow(&self, seeds: &[Value], readers: &[Op], through_left: Option<Value>) -> Window {
+    /// Grows upstream from `seeds`.
+    fn grow(&self, seeds: &[Value], readers: &[Op]) -> Window {
         let m = self.m;
         let mut w = Window::default();
         let mut inside: BTreeMap<usize, Op> = BTreeMap::new();
@@ -180,7 +177,6 @@ impl<'a> Scope<'a> {
             }
             let seed = seeds.contains(&v);
             let ours = |o: &Op| inside.values().any(|i| i == o) || (seed && readers.contains(o));
-            let forward = seed && through_left.is_some();
             let other = self.uses.of(v).iter().find_map(|u| match u {
                 Use::Operand(o, _) if ours(o) || reads_shape_only(&m.ops[*o]) => None,
                 Use::Operand(o, _) => {
@@ -188,7 +184,7 @@ impl<'a> Scope<'a> {
                 }
                 Use::Result(..) => Some("it is an output of the graph".to_string()),
             });
-            if let Some(other) = other.filter(|_| !forward) {
+            if let Some(other) = other {
                 w.stops.push(format!("{:?} is needed as it is: {other}", m.value_label(v)));
                 continue;
             }
@@ -215,9 +211,6 @@ impl<'a> Scope<'a> {
             if data.is("onnx.MatMul") {
                 // A scale per channel goes to the right operand; a constant there takes it.
                 through = vec![1];
-            }
-            if data.operand(0).is_some() && data.operand(0) == through_left {
-                through.push(0);
             }
             for v in through.into_iter().filter_map(|i| data.operand(i)) {
                 if !self.constant(v, 8) {
