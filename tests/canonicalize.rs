@@ -231,7 +231,8 @@ impl Chain {
                 let at = self.below(rank);
                 let Size::N(n) = dims[at] else { return };
                 let from = self.below(n);
-                let starts = self.ints(&[from as i64 - if self.next % 2 == 0 { n as i64 } else { 0 }]);
+                let starts =
+                    self.ints(&[from as i64 - if self.next.is_multiple_of(2) { n as i64 } else { 0 }]);
                 let ends = self.ints(&[i64::MAX]);
                 let axes = self.ints(&[at as i64 - rank as i64]);
                 let mut to = dims;

@@ -7,7 +7,7 @@ use passes::eqsat;
 use passes::eqsat::qrw::check;
 use serde_json::json;
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 #[group(required = true, multiple = false)]
@@ -45,7 +45,7 @@ fn list(cx: &Context) -> Result<(), Error> {
     print(&out)
 }
 
-fn check(path: &PathBuf, cx: &Context) -> Result<(), Error> {
+fn check(path: &Path, cx: &Context) -> Result<(), Error> {
     let ops = cx.registry.ops();
     let mut refused = Vec::new();
     let mut held = Vec::new();

@@ -40,7 +40,7 @@ pub fn orthogonal(kind: Kind, n: usize, seed: u64) -> Vec<f64> {
     let norm = ((n / b) as f64).sqrt();
     let signs: Vec<f64> = (0..n).map(|_| if rng.one_in(2) { 1.0 } else { -1.0 }).collect();
     let entry = |i: usize, j: usize| {
-        let sylvester = if ((i / b) & (j / b)).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+        let sylvester = if ((i / b) & (j / b)).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
         signs[i] * sylvester * core[i % b * b + j % b] / norm
     };
     (0..n * n).map(|at| entry(at / n, at % n)).collect()
@@ -78,10 +78,10 @@ fn normal(rng: &mut Rng) -> f64 {
 
 /// The Hadamard matrix of order `b` by Paley's first or second construction; `None` where neither is of this order.
 fn paley(b: usize) -> Option<Vec<f64>> {
-    if b % 4 != 0 {
+    if !b.is_multiple_of(4) {
         return None;
     }
-    let prime = |q: usize| q > 2 && (2..).take_while(|d| d * d <= q).all(|d| q % d != 0);
+    let prime = |q: usize| q > 2 && (2..).take_while(|d| d * d <= q).all(|d| !q.is_multiple_of(d));
     // With 3 modulo 4 the matrix below is skew, with 1 symmetric.
     let border = |q: usize| {
         let mut square = vec![false; q];
