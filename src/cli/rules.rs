@@ -65,6 +65,6 @@ fn check(path: &Path, cx: &Context) -> Result<(), Error> {
     }
     match refused.is_empty() {
         true => Ok(()),
-        false => Err(Error::Refused { path: path.clone(), refused }),
+        false => Err(Error::Refused { path: path.to_path_buf(), refused }),
     }
 }
