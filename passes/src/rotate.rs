@@ -76,9 +76,26 @@ impl Pass for Rotate {
                 return Ok(Changed::No);
             }
             outcome.report(cx, dce::bytes(m), dce::bytes(&trial));
+            name_outputs(m, &mut trial);
             *m = trial;
             eqsat::settle(m, cx, NAME, constants)?;
             return Ok(Changed::Yes);
+        }
+    }
+}
+
+/// Gives the outputs of the graph the names that they had: what is rotated back behind the stream is a new value.
+fn name_outputs(before: &Module, after: &mut Module) {
+    let names: Vec<Symbol> =
+        before.regions[before.top].results.iter().map(|&v| before.values[v].name.clone()).collect();
+    for (v, name) in after.regions[after.top].results.clone().into_iter().zip(names) {
+        if after.values[v].name.is_empty() {
+            after
+                .values
+                .values_mut()
+                .filter(|other| other.name == name)
+                .for_each(|other| other.name = "".into());
+            after.values[v].name = name;
         }
     }
 }
