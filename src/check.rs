@@ -8,6 +8,7 @@
 
 mod locate;
 
+use crate::calibrate::{Batch, Calibration};
 use crate::data::lm::inputs_of;
 use crate::env::DriverEnv;
 use dialects::exec::run_once;
@@ -40,9 +41,13 @@ pub struct Checked {
 /// Checks one pass on the first calibration samples. The error says what was expected and what was found, and at which
 /// node the difference begins.
 pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -> Result<Checked, String> {
-    let run = |m: &Module| outputs(m, env, true);
+    let exact = pass.exactness() == Exactness::Exact;
+    let values = |m: &Module, wanted: &[Value]| values(m, env, true, exact, wanted);
+    let run = |m: &Module| values(m, &m.regions[m.top].results);
     let (a, b) = (run(before)?, run(after)?);
-    let activations = error(&b, &outputs(after, env, false)?).0;
+    // Of the first batches alone: the small one behind them has no partner.
+    let rounded = self::values(after, env, false, false, &after.regions[after.top].results)?;
+    let activations = error(&b, &rounded).0;
     let activations = (activations != 0.0).then_some(activations);
     let tolerance = tolerance(before);
     // Whether two models agree, of which `found` are the outputs.
@@ -55,19 +60,13 @@ pub fn pass(before: &Module, after: &Module, pass: &dyn Pass, env: &DriverEnv) -
         let results = &before.regions[before.top].results;
         let output = output % results.len();
         let name = before.value_label(results[output]);
-        let values = |m: &Module, wanted: &[Value]| match pass.exactness() {
-            Exactness::Exact => values_and_small(m, env, wanted),
-            Exactness::Lossy => values(m, env, true, wanted),
-        };
         let at = locate::locate(models.0, models.1, output, tolerance, &values);
         let at = at.map(|at| format!("; it begins at {at}")).unwrap_or_default();
         Err(format!(
             "{what}: output {name:?} differs by {e:.2e} (relative), where rounding allows {tolerance:.0e}{at}"
         ))
     };
-    if pass.exactness() == Exactness::Exact {
-        let run = |m: &Module| values_and_small(m, env, &m.regions[m.top].results);
-        let (a, b) = (run(before)?, run(after)?);
+    if exact {
         let wiring = agree("wiring error of an exact pass", (before, after), (&a, &b))?;
         return Ok(Checked { wiring: Some(wiring), quantization: None, activations });
     }
@@ -135,29 +134,30 @@ fn tolerance(m: &Module) -> f64 {
     if m.values.values().any(narrow) { 2e-2 } else { 1e-4 }
 }
 
-/// The model's outputs on the first calibration batches; `exact` leaves out int8 activations.
-fn outputs(m: &Module, env: &DriverEnv, exact: bool) -> Result<Vec<Item>, String> {
-    values(m, env, exact, &m.regions[m.top].results)
-}
-
-/// Values of a model on each of the first calibration batches, one batch after the other.
-fn values(m: &Module, env: &DriverEnv, exact: bool, wanted: &[Value]) -> Result<Vec<Item>, String> {
+/// Values of a model on each of the first calibration batches, one batch after the other, and on a [`small`] one behind them
+/// where that is wanted; `exact` leaves out int8 activations.
+fn values(
+    m: &Module,
+    env: &DriverEnv,
+    exact: bool,
+    and_small: bool,
+    wanted: &[Value],
+) -> Result<Vec<Item>, String> {
     let data = env.calibration.as_ref().ok_or("there are no sample inputs")?;
     let exec = Interpreter::new(env.ops.clone()).exact(exact);
     let mut out = Vec::new();
-    for batch in data.first(SAMPLES) {
+    let last = if and_small { small(data)? } else { None };
+    for batch in data.first(SAMPLES).chain(last.map(Ok)) {
         let inputs = inputs_of(m, batch.map_err(|e| e.message)?);
         out.extend(run_once(&exec, m, &inputs, wanted).map_err(|e| e.to_string())?);
     }
     Ok(out)
 }
 
-/// [`values`], and after them those on the first batch with floats made small, where there are some: what is added to
-/// keep a norm from dividing by zero shows there.
-fn values_and_small(m: &Module, env: &DriverEnv, wanted: &[Value]) -> Result<Vec<Item>, String> {
-    let mut out = values(m, env, true, wanted)?;
-    let first =
-        env.calibration.as_ref().and_then(|data| data.first(1).next()).ok_or("there are no sample inputs")?;
+/// The first batch with floats made small: what is added to keep a norm from dividing by zero shows there. `None` where no
+/// input is a float.
+fn small(data: &Calibration) -> Result<Option<Batch>, String> {
+    let Some(first) = data.first(1).next() else { return Ok(None) };
     let mut batch = first.map_err(|e| e.message)?;
     let mut any = false;
     for (_, t) in batch.iter_mut().filter(|(_, t)| t.elem().is_float()) {
@@ -165,11 +165,7 @@ fn values_and_small(m: &Module, env: &DriverEnv, wanted: &[Value]) -> Result<Vec
         *t = Tensor::from_f32(t.elem(), t.shape(), x).map_err(|e| e.to_string())?;
         any = true;
     }
-    if any {
-        let exec = Interpreter::new(env.ops.clone()).exact(true);
-        out.extend(run_once(&exec, m, &inputs_of(m, batch), wanted).map_err(|e| e.to_string())?);
-    }
-    Ok(out)
+    Ok(any.then_some(batch))
 }
 
 /// `m` with every operand that `after` computes from constants, and `m` does not have so, in its place: the

@@ -292,15 +292,9 @@ impl<'a> Case<'a> {
             false => None,
         };
         let env = DriverEnv {
-            ops: registry.ops().clone(),
-            term: Term::new(true),
-            scratch: std::env::temp_dir(),
-            store: None,
             calibration,
-            output: None,
             baseline: Some(Baseline::new(m.clone(), usize::MAX)),
-            statistics: Default::default(),
-            originals: None,
+            ..DriverEnv::without_data(registry.ops(), Term::new(true))
         };
         let options = Options { settings: self.settings()?, ..Options::default() };
         driver::run(m, &pipeline, registry, &env, &options).map(drop).map_err(|e| e.to_string())
