@@ -84,9 +84,10 @@ def made(command):
 def candidates(args, source, work):
     """Files made of a model: what made each, and its path or the error."""
     yield "as it was", source, None
-    for label, flags in (("qcc", []), ("qcc, ort-cpu", ["--profile", "ort-cpu"])):
-        out = work / f"{label.replace(', ', '-')}.onnx"
-        yield label, out, made([args.qcc, source, "--pass", "canonicalize,fuse", "--allow-noop", "--quiet", "-o", out, *flags])
+    raised = "canonicalize,raise-opset{version=23},fuse"
+    for label, passes in (("canonicalize", "canonicalize"), ("qcc", "canonicalize,fuse"), ("qcc, opset 23", raised)):
+        out = work / f"{label.replace(', ', '-').replace(' ', '-')}.onnx"
+        yield label, out, made([args.qcc, source, "--pass", passes, "--allow-noop", "--quiet", "-o", out])
     out = work / "onnxsim.onnx"
     python, error = environment("onnxsim", args.work / "onnxsim")
     code = "import sys, onnx, onnxsim; onnx.save(onnxsim.simplify(onnx.load(sys.argv[1]))[0], sys.argv[2])"

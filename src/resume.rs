@@ -121,6 +121,8 @@ pub struct Identity {
     pub pipeline: String,
     /// The flags that change what passes do.
     pub flags: String,
+    /// The hash of the rules that were given, whatever their files are called.
+    pub rules: Option<[u8; 32]>,
 }
 
 impl Identity {
@@ -133,6 +135,7 @@ impl Identity {
             ("calibration", self.calibration.as_ref().map_or(Json::Null, hash)),
             ("pipeline", self.pipeline.as_str().into()),
             ("flags", self.flags.as_str().into()),
+            ("rules", self.rules.as_ref().map_or(Json::Null, hash)),
         ];
         fields.map(|(name, value)| (name.to_string(), value)).into_iter().collect()
     }
@@ -303,6 +306,7 @@ mod tests {
             calibration: Some([2; 32]),
             pipeline: "awq,pack-int4".into(),
             flags: String::new(),
+            rules: None,
         }
     }
 
@@ -400,6 +404,7 @@ mod tests {
             differs(Identity { flags: "--tied shared".into(), ..run() }),
             [triple("flags", "--tied shared", "none")]
         );
+        assert_eq!(differs(Identity { rules: Some([5; 32]), ..run() }), [triple("rules", &hash(5), "none")]);
         // A field that this version does not know.
         let path = dir.path().join(MANIFEST);
         let text = fs::read_to_string(&path).unwrap();

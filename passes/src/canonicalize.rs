@@ -8,7 +8,7 @@
 
 use crate::const_fold::{self, ConstFold};
 use crate::eqsat::explain::Chain;
-use crate::eqsat::{self, CostModel, Rewrite, Rules};
+use crate::eqsat::{self, CostModel, Rewrite, Rules, Target};
 use crate::{Changed, Exactness, Pass, PassCx, PassError};
 use dialects::ir::{Module, Op, Region, Use, Value, ValueDef, infer};
 use serde::{Deserialize, Serialize};
@@ -20,17 +20,11 @@ const NAME: &str = "canonicalize";
 const ROUNDS: usize = 6;
 
 /// The options.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Canonicalize {
     /// What ops cost: `ort-cpu`, as measured in ONNX Runtime, or `bytes`, the memory they move.
-    pub target: String,
-}
-
-impl Default for Canonicalize {
-    fn default() -> Self {
-        Canonicalize { target: "ort-cpu".into() }
-    }
+    pub target: Target,
 }
 
 impl Pass for Canonicalize {
@@ -51,19 +45,9 @@ impl Pass for Canonicalize {
     }
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
-        let model = model(NAME, &self.target)?;
         let rules = Rules::canonical().clone().with_user(&cx.settings.rules, &cx.settings.profile);
-        rewrite(m, cx, NAME, &Rewrite::new(&rules, model))
+        rewrite(m, cx, NAME, &Rewrite::new(&rules, CostModel::of_target(self.target)))
     }
-}
-
-/// The cost model of a target, for the pass `pass`.
-pub fn model(pass: &'static str, target: &str) -> Result<CostModel, PassError> {
-    CostModel::named(target).ok_or_else(|| PassError::Option {
-        pass,
-        option: "target",
-        why: format!("expected ort-cpu or bytes, found {target:?}"),
-    })
 }
 
 /// Rewrites every graph of a module until nothing changes, for the pass `pass`.

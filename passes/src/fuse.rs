@@ -1,11 +1,12 @@
 //! `fuse`: long forms of ops become the ops that say the same, as far as the model's version of ONNX has them.
 //!
-//! LayerNormalization, RMSNormalization, Gelu and Softmax; the rules are text, `eqsat/rules/fuse.qrw`, on the engine of
+//! LayerNormalization, RMSNormalization, Gelu, Softmax, RotaryEmbedding, Attention; the rules are text,
+//! `eqsat/rules/fuse.qrw`, but for those about how heads lie (`heads.rs` beside it), on the engine and with the rules of
 //! [`canonicalize`](crate::canonicalize). Models for ONNX Runtime get its own ops where ONNX has none yet. An op that is
 //! too new for the model is not made: `raise-opset` comes first where one is wanted.
 
-use crate::canonicalize::{model, rewrite};
-use crate::eqsat::{Rewrite, Rules};
+use crate::canonicalize::rewrite;
+use crate::eqsat::{CostModel, Rewrite, Rules, Target};
 use crate::{Changed, Exactness, Pass, PassCx, PassError};
 use dialects::ir::Module;
 use serde::{Deserialize, Serialize};
@@ -16,17 +17,11 @@ const NAME: &str = "fuse";
 const MICROSOFT: &str = "com.microsoft";
 
 /// The options.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Fuse {
     /// What ops cost: `ort-cpu`, as measured in ONNX Runtime, or `bytes`, the memory they move.
-    pub target: String,
-}
-
-impl Default for Fuse {
-    fn default() -> Self {
-        Fuse { target: "ort-cpu".into() }
-    }
+    pub target: Target,
 }
 
 impl Pass for Fuse {
@@ -35,7 +30,7 @@ impl Pass for Fuse {
     }
 
     fn summary(&self) -> &'static str {
-        "replace the long forms of norms, Gelu and Softmax by the ops of the model's opset"
+        "replace the long forms of norms, activations, attention and rotary embedding by the ops of the model's opset"
     }
 
     fn exactness(&self) -> Exactness {
@@ -47,9 +42,8 @@ impl Pass for Fuse {
     }
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
-        let model = model(NAME, &self.target)?;
         let rules = Rules::fuse(&cx.settings.profile).with_user(&cx.settings.rules, &cx.settings.profile);
-        let changed = rewrite(m, cx, NAME, &Rewrite::new(&rules, model))?;
+        let changed = rewrite(m, cx, NAME, &Rewrite::new(&rules, CostModel::of_target(self.target)))?;
         if m.live_ops().iter().any(|&op| m.ops[op].name.dialect() == MICROSOFT) {
             m.opsets.entry(MICROSOFT.into()).or_insert(1);
         }

@@ -23,6 +23,7 @@ pub mod group;
 pub mod insert_fake_quant;
 pub mod islands;
 pub mod linear;
+pub mod linears;
 pub mod mixed;
 pub mod pack_int4;
 pub mod pack_qdq;
@@ -330,6 +331,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<const_fold::ConstFold>("const-fold"),
     || PassDef::of::<dce::Dce>("dce"),
     || PassDef::of::<fuse::Fuse>("fuse"),
+    || PassDef::of::<linears::Linears>("linears"),
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<equalize::Equalize>("equalize"),
     || PassDef::of::<rotate::Rotate>("rotate"),

@@ -76,26 +76,9 @@ impl Pass for Rotate {
                 return Ok(Changed::No);
             }
             outcome.report(cx, dce::bytes(m), dce::bytes(&trial));
-            name_outputs(m, &mut trial);
             *m = trial;
             eqsat::settle(m, cx, NAME, constants)?;
             return Ok(Changed::Yes);
-        }
-    }
-}
-
-/// Gives the outputs of the graph the names that they had: what is rotated back behind the stream is a new value.
-fn name_outputs(before: &Module, after: &mut Module) {
-    let names: Vec<Symbol> =
-        before.regions[before.top].results.iter().map(|&v| before.values[v].name.clone()).collect();
-    for (v, name) in after.regions[after.top].results.clone().into_iter().zip(names) {
-        if after.values[v].name.is_empty() {
-            after
-                .values
-                .values_mut()
-                .filter(|other| other.name == name)
-                .for_each(|other| other.name = "".into());
-            after.values[v].name = name;
         }
     }
 }
@@ -350,10 +333,17 @@ fn spell_out(m: &mut Module, op: Op, x: Value, there: Option<Value>) -> Result<V
             y = push(m, name, &[y, c], &whole);
         }
     }
-    m.replace_uses(out, y);
-    m.values[y].name = m.values[out].name.clone();
+    stand_in(m, out, y);
     m.erase(op);
     Ok(centered)
+}
+
+/// Makes `new` what the readers of `old` read, under the name of `old`. (An output's name moves with its use, and that of
+/// another value does not: it is taken first.)
+fn stand_in(m: &mut Module, old: Value, new: Value) {
+    let name = std::mem::replace(&mut m.values[old].name, "".into());
+    m.replace_uses(old, new);
+    m.values[new].name = name;
 }
 
 /// Rotates a value and rotates it back for its readers. The name goes to what they read.
@@ -369,18 +359,19 @@ fn rotated(m: &mut Module, v: Value, label: String, width: usize, r: &Matrices) 
     let there = m.ops[first].result(0).expect("it was given one");
     let second = m.insert_after(first, product(there, r.inverse));
     let back = m.ops[second].result(0).expect("it was given one");
-    m.replace_uses(v, back);
+    if m.def_op(v).is_some() {
+        stand_in(m, v, back);
+    } else {
+        // An input of the model keeps its name.
+        m.replace_uses(v, back);
+        m.values[back].name = m.fresh_name(&format!("{label}.unrotated"));
+    }
     m.ops[first].operands[0] = Some(v);
     // Shapes are the same, and asking for them must not keep anything alive.
     for op in m.regions[m.top].ops.clone() {
         if (m.ops[op].is("onnx.Shape") || m.ops[op].is("onnx.Size")) && m.ops[op].operand(0) == Some(back) {
             m.ops[op].operands[0] = Some(there);
         }
-    }
-    if m.def_op(v).is_some() {
-        m.values[back].name = std::mem::replace(&mut m.values[v].name, "".into());
-    } else {
-        m.values[back].name = m.fresh_name(&format!("{label}.unrotated"));
     }
     m.values[there].name = m.fresh_name(&format!("{label}.rotated"));
     Site { label, width, back, ops: [first, second], left: [0, 0], why: [None, None] }

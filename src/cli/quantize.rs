@@ -191,11 +191,12 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     if !found.is_empty() && !args.debug.no_verify {
         return Err(Error::Invalid { path: input.to_owned(), found });
     }
-    let mut env = env(args, cx, &pipeline, &m)?;
+    let mut env = env(args, cx, &pipeline, &m, &rules)?;
     let options = options(args, rules);
     // Samples for `--check` alone leave no trace in the output.
     let fed = env.calibration.as_ref().filter(|_| needs_data(&pipeline));
-    let recipe = std::iter::once(pipeline.normalized()).chain(flags(args)).collect::<Vec<_>>().join(" ");
+    let recipe = std::iter::once(pipeline.normalized()).chain(flags(args)).chain(rule_flags(args));
+    let recipe = recipe.collect::<Vec<_>>().join(" ");
     let provenance = match pipeline.steps.is_empty() {
         true => Vec::new(),
         false => provenance(&m, &recipe, fed),
@@ -284,7 +285,13 @@ fn measures(args: &Args, pipeline: &Pipeline) -> bool {
     args.calibration.calib.is_some() && quantizes(pipeline)
 }
 
-fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<DriverEnv, Error> {
+fn env(
+    args: &Args,
+    cx: &Context,
+    pipeline: &Pipeline,
+    m: &Module,
+    rules: &UserRules,
+) -> Result<DriverEnv, Error> {
     let needed = needs_data(pipeline);
     let mut data = args.calibration.clone();
     if !needed && data.calib.is_none() {
@@ -306,6 +313,7 @@ fn env(args: &Args, cx: &Context, pipeline: &Pipeline, m: &Module) -> Result<Dri
             calibration: data.map(|c| c.hash),
             pipeline: pipeline.normalized(),
             flags: flags(args).join(" "),
+            rules: rules.content(),
         };
         Folder::open(dir, &run)
     });
@@ -365,7 +373,7 @@ fn repro_flags(args: &Args) -> String {
         ("--seed", (data.seed != 0).then(|| data.seed.to_string())),
     ];
     let given = given.into_iter().filter_map(|(flag, value)| Some(format!("{flag} {}", value?)));
-    given.chain(flags(args)).collect::<Vec<_>>().join(" ")
+    given.chain(flags(args)).chain(rule_flags(args)).collect::<Vec<_>>().join(" ")
 }
 
 /// Text as one word of a shell.
@@ -395,9 +403,13 @@ fn flags(args: &Args) -> Vec<String> {
     let named = args.mixed.recipe.as_ref().and_then(|r| r.file_name());
     let recipe = named.map(|name| format!("--recipe {}", name.to_string_lossy()));
     let flags = flags.into_iter().filter(|(given, _)| *given).map(|(_, flag)| flag.to_string());
-    let rules = args.rules.iter().filter_map(|path| path.file_name());
-    let rules = rules.map(|name| format!("--rules {}", shell_word(&name.to_string_lossy())));
-    flags.chain(recipe).chain(rules).collect()
+    flags.chain(recipe).collect()
+}
+
+/// The files of rules, by name.
+fn rule_flags(args: &Args) -> impl Iterator<Item = String> {
+    let names = args.rules.iter().filter_map(|path| path.file_name());
+    names.map(|name| format!("--rules {}", shell_word(&name.to_string_lossy())))
 }
 
 /// What the model says of how it was made, as metadata. A model that was made by qcc before keeps its earlier recipe in

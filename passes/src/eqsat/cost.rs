@@ -5,9 +5,21 @@
 use super::graph::{Graph, Id};
 use super::lang::{Head, Node};
 use dialects::ir::Dim;
+use serde::{Deserialize, Serialize};
 
 /// What a symbolic or unknown dim counts as: a sequence of a few sentences, a small batch.
 pub const NOMINAL: u64 = 64;
+
+/// What a model is made cheap for: an option of the passes that rewrite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// ONNX Runtime on a CPU, as measured.
+    #[default]
+    OrtCpu,
+    /// The memory that is moved.
+    Bytes,
+}
 
 /// The prices of one target. The unit is the target's own; only ratios matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +52,9 @@ impl CostModel {
             ("Softmax", 500),
             ("Erf", 500),
             ("Gelu", 500),
+            ("QuickGelu", 200),
+            ("Swish", 200),
+            ("RotaryEmbedding", 300),
             ("Exp", 200),
             ("Tanh", 200),
             ("Sigmoid", 150),
@@ -51,12 +66,11 @@ impl CostModel {
         ],
     };
 
-    /// The model of the target with this name.
-    pub fn named(name: &str) -> Option<CostModel> {
-        match name {
-            "ort-cpu" => Some(CostModel::ORT_CPU),
-            "bytes" => Some(CostModel::BYTES),
-            _ => None,
+    /// The model of a target.
+    pub fn of_target(target: Target) -> CostModel {
+        match target {
+            Target::OrtCpu => CostModel::ORT_CPU,
+            Target::Bytes => CostModel::BYTES,
         }
     }
 
@@ -65,7 +79,7 @@ impl CostModel {
         if !matches!(node.head, Head::Op { .. }) || g.is_const(class) {
             return 0;
         }
-        let name = g.name(node).strip_prefix("onnx.").unwrap_or("");
+        let name = g.name(node).rsplit('.').next().unwrap_or("");
         let operands: u64 = node.children.iter().map(|&c| if g.is_const(c) { 1 } else { 2 }).sum();
         let launch = self.launch.saturating_add(self.operand.saturating_mul(operands));
         if matches!(name, "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Identity" | "Shape" | "Size") {
@@ -74,7 +88,10 @@ impl CostModel {
         let result = bytes(g, class);
         let moved = node.children.iter().map(|&c| bytes(g, c)).fold(result, u64::saturating_add);
         let mut cost = launch.saturating_add(moved.saturating_mul(self.byte));
-        if matches!(name, "MatMul" | "Gemm" | "Conv" | "Attention") {
+        if matches!(name, "Attention" | "MultiHeadAttention") {
+            return cost.saturating_add(self.attention(g, node));
+        }
+        if matches!(name, "MatMul" | "Gemm" | "Conv") {
             // Every element of the result is a sum over as many products as the weight has rows, or a filter elements.
             let inner = match name {
                 "Conv" => node
@@ -92,8 +109,32 @@ impl CostModel {
                 price => (products / 4).saturating_mul(price),
             });
         }
-        let slow = self.elements.iter().find(|(op, _)| *op == name).map_or(0, |e| e.1);
-        cost.saturating_add(elements(g, class, 0).saturating_mul(slow))
+        cost.saturating_add(elements(g, class, 0).saturating_mul(self.slow(name)))
+    }
+
+    /// What an element of an op's result costs beyond its bytes.
+    fn slow(&self, name: &str) -> u64 {
+        self.elements.iter().find(|(op, _)| *op == name).map_or(0, |e| e.1)
+    }
+
+    /// What an attention computes: two products for each pair of a row and a key, and a Softmax of the scores.
+    fn attention(&self, g: &Graph, node: &Node) -> u64 {
+        let size = |d: Option<&Dim>| d.and_then(Dim::known).map_or(NOMINAL, i64::unsigned_abs).max(1);
+        let (q, k) = (node.children[0], g.dims(node.children[1]).unwrap_or_default());
+        let width = size(g.dims(q).unwrap_or_default().last());
+        let keys = size(k.get(k.len().saturating_sub(2)));
+        let heads = g.attrs(node).int("q_num_heads").or(g.attrs(node).int("num_heads"));
+        let heads = if k.len() == 3 { heads.map_or(1, i64::unsigned_abs) } else { 1 };
+        let products = elements(g, q, 0).saturating_mul(keys).saturating_mul(2);
+        let scores = (elements(g, q, 0) / width).saturating_mul(heads).saturating_mul(keys);
+        let price = if self.multiplication == 0 {
+            products / 2
+        } else {
+            products.saturating_mul(self.multiplication)
+        };
+        // A score is written by the product, and read and written by the Softmax.
+        let moved = scores.saturating_mul(12 * self.byte + self.slow("Softmax"));
+        price.saturating_add(moved)
     }
 }
 

@@ -7,6 +7,8 @@
 use super::extract::Extraction;
 use super::graph::{Graph, Id};
 use super::lang::{Head, Node};
+use super::window::Window;
+use dialects::ir::Op;
 use serde::Serialize;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -41,8 +43,8 @@ pub struct Chain {
     pub links: Vec<Link>,
 }
 
-/// The chain of every value of the graph that an extraction computes in another way, or not at all.
-pub fn chains(g: &Graph, x: &Extraction) -> Vec<Chain> {
+/// The chain of every value of the window that an extraction computes in another way, or not at all.
+pub fn chains(g: &Graph, w: &Window, x: &Extraction) -> Vec<Chain> {
     let canonical =
         |n: &Node| Node { head: n.head, children: n.children.iter().map(|&c| g.find(c)).collect() };
     let mut edges: BTreeMap<Node, Vec<(Node, usize)>> = BTreeMap::new();
@@ -54,7 +56,8 @@ pub fn chains(g: &Graph, x: &Extraction) -> Vec<Chain> {
     let mut out = Vec::new();
     for (v, id, node) in &g.values {
         let m = g.world().m;
-        let Some((op, _)) = m.def_op(*v).filter(|_| matches!(node.head, Head::Op { .. })) else { continue };
+        let inside = |op: &Op| matches!(node.head, Head::Op { .. }) && w.ops.contains(op);
+        let Some((op, _)) = m.def_op(*v).filter(|(op, _)| inside(op)) else { continue };
         let (old, class) = (canonical(node), g.find(*id));
         let new = x.choice.get(&class);
         if new == Some(&old) || g.is_const(class) && node.children.iter().all(|&c| g.is_const(c)) {

@@ -339,6 +339,14 @@ impl Graph<'_> {
                     let (x, within) = self.splat_of(*n.children.first()?, depth - 1)?;
                     Some((x.sqrt(), within))
                 }
+                "Mul" | "Reciprocal" if self.elem(id)?.is_float() => {
+                    let one = |i: usize| self.splat_of(*n.children.get(i)?, depth - 1);
+                    let (x, within) = one(0)?;
+                    match n.children.len() {
+                        1 => Some((1.0 / x, within)),
+                        _ => one(1).map(|(y, w)| (x * y, within + w)),
+                    }
+                }
                 _ => None,
             },
             _ => None,

@@ -7,7 +7,7 @@ use dialects::ops::Ops;
 use dialects::tensor::Tensor;
 pub use egg::Id;
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// An e-graph over one window.
@@ -25,6 +25,8 @@ pub struct Graph<'a> {
     pub(super) unions: Vec<Union>,
     /// The e-node that was added last.
     last: Option<Node>,
+    /// Values that are given together with the op that computes them.
+    context: Vec<Id>,
 }
 
 /// An equality that a rule stated.
@@ -50,6 +52,7 @@ impl<'a> Graph<'a> {
             rule: String::new(),
             unions: Vec::new(),
             last: None,
+            context: Vec::new(),
         }
     }
 
@@ -298,6 +301,39 @@ impl<'a> Graph<'a> {
             self.eg.set_analysis_data(id, known);
             self.values.push((v, id, node));
         }
+    }
+
+    /// Adds ops of the module, in program order. `classes` has the classes of values that are there, and gets those of
+    /// what the ops read and compute.
+    pub fn add_ops(&mut self, ops: &[Op], classes: &mut HashMap<Value, Id>) {
+        let m = self.world().m;
+        for &op in ops {
+            let mut children = Vec::new();
+            for operand in &m.ops[op].operands {
+                children.push(match *operand {
+                    None => self.absent(),
+                    Some(v) => *classes.entry(v).or_insert_with(|| self.leaf(v)),
+                });
+            }
+            let before = self.values.len();
+            self.op_of(op, children);
+            classes.extend(self.values[before..].iter().map(|(v, id, _)| (*v, *id)));
+        }
+    }
+
+    /// Adds an op whose results are there already: rules see how they are computed, and reading them is free.
+    pub fn given(&mut self, op: Op, classes: &mut HashMap<Value, Id>) {
+        self.add_ops(&[op], classes);
+        for v in self.world().m.ops[op].results.iter().flatten() {
+            let (leaf, class) = (self.leaf(*v), classes[v]);
+            self.eg.union(leaf, class);
+            self.context.push(leaf);
+        }
+    }
+
+    /// The classes of values that are given, with the ops that compute them.
+    pub fn context(&self) -> HashSet<Id> {
+        self.context.iter().map(|&id| self.find(id)).collect()
     }
 
     /// Says that the class `class`, by its e-node `from`, equals the class `to`. Returns whether that was news. All

@@ -30,7 +30,7 @@ mod whole;
 mod window;
 
 use crate::{PassCx, PassError};
-pub use cost::CostModel;
+pub use cost::{CostModel, Target};
 use dialects::ir::{Elem, Module, Op, Type, Value};
 use dialects::ops::Ops;
 pub use edit::settle;

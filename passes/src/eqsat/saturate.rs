@@ -45,8 +45,10 @@ pub fn saturate(g: &mut Graph, fuel: Fuel, rules: &RuleSet) -> Option<String> {
         let mut news = false;
         let mut classes: Vec<Id> = g.eg.classes().map(|c| c.id).collect();
         classes.sort();
+        // What is there already needs no better form.
+        let context = g.context();
         for class in classes {
-            if g.known(class).konst {
+            if g.known(class).konst || context.contains(&class) {
                 continue;
             }
             for node in g.nodes(class) {

@@ -13,17 +13,18 @@ pub struct Signature {
     pub text: String,
     /// Values in the order of their first occurrence.
     pub values: Vec<Value>,
-    /// Ops in program order.
+    /// Ops in program order, the context first.
     pub ops: Vec<Op>,
 }
 
 impl Signature {
     /// Describes a window.
     pub fn new(m: &Module, scope: &Scope, w: &Window) -> Signature {
-        let mut s = Signature { text: String::new(), values: Vec::new(), ops: w.ops.clone() };
+        let ops: Vec<Op> = w.context.iter().chain(&w.ops).copied().collect();
+        let mut s = Signature { text: format!("{} given\n", w.context.len()), values: Vec::new(), ops };
         let mut numbers: HashMap<Value, usize> = HashMap::new();
         let mut consts: HashMap<ConstId, usize> = HashMap::new();
-        for &op in &w.ops {
+        for op in s.ops.clone() {
             let data = &m.ops[op];
             let _ = write!(s.text, "{}{}(", data.name, attrs_text(m, &data.attrs));
             for v in &data.operands {

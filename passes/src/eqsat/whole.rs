@@ -163,9 +163,6 @@ fn solve(
             with.steps
         ));
     }
-    if with.explain && best.cost < before {
-        out.chains.extend(explain::chains(&g, &best));
-    }
     let planned = match best.cost < before {
         // Constants are computed once here, so that one that cannot be leaves only this window as it is.
         true => apply::plan(&g, scope, window, &roots, &best)
@@ -176,6 +173,10 @@ fn solve(
         out.limits.push(format!("{}: left as it is: {why}", name()));
         Plan::default()
     });
+    // A plan that was dropped led nowhere.
+    if with.explain && !plan.is_empty() {
+        out.chains.extend(explain::chains(&g, window, &best));
+    }
     let looked = g.looked().into_iter().filter_map(|(c, v)| Some((v, m.consts[c].hash().ok()?))).collect();
     let after = if plan.is_empty() { before } else { best.cost };
     Ok(Solution { signature, looked, plan, cost: (before, after) })

@@ -4,15 +4,26 @@
 //! gained: behind an op that lets no scale through, behind one that takes the scale whole, and before a value that an
 //! op outside the window reads too, since that value is needed as it is and a scaled copy would be paid on top.
 //! Values that the window does not define are its inputs; what is read of it from outside are its roots.
+//!
+//! Rules about positions and masks ask how an input of the window was computed. A window of a whole rewrite carries the
+//! ops in front of it that tell, its context: it is there to be looked at, and costs nothing.
 
 use super::graph::{Graph, Id};
 use super::rules;
+use crate::const_fold;
 use dialects::ir::{ConstId, Module, Op, OpData, Region, Use, Uses, Value};
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet};
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 /// At most this many ops. A window that reaches it is reported.
 pub const LARGEST: usize = 200;
+
+/// At most this many ops are in a context, those nearest to the window.
+const CONTEXT: usize = 48;
+
+/// A float constant of more elements is a weight: what is computed from it is no position and no mask.
+const WEIGHT: u64 = 1024;
 
 /// A region with what windows need to know of it.
 pub struct Scope<'a> {
@@ -21,6 +32,7 @@ pub struct Scope<'a> {
     uses: Uses,
     place: HashMap<Op, usize>,
     shared: Arc<HashSet<ConstId>>,
+    plain: OnceCell<HashSet<Op>>,
 }
 
 /// The ops, what is read of them, and where it was cut.
@@ -28,6 +40,8 @@ pub struct Scope<'a> {
 pub struct Window {
     /// Ops in program order, those on constants included.
     pub ops: Vec<Op>,
+    /// Ops in front of it that tell how its inputs are computed, in program order.
+    pub context: Vec<Op>,
     /// Values that are read from outside, the seeds first.
     pub roots: Vec<Value>,
     /// Why it ends where it does.
@@ -53,7 +67,7 @@ impl<'a> Scope<'a> {
             }
         }
         let shared = Arc::new(readers.into_iter().filter(|r| r.1 > 1).map(|r| r.0).collect());
-        Scope { m, region, uses, place, shared }
+        Scope { m, region, uses, place, shared, plain: OnceCell::new() }
     }
 
     /// Where the definition of a value stands: its op's place plus one, zero for what is there from the start.
@@ -137,9 +151,53 @@ impl<'a> Scope<'a> {
         self.finish(Window::default(), &self.readers(product).into_iter().chain(mul).collect())
     }
 
-    /// The window of these ops, which follow each other.
+    /// The window of these ops, which follow each other, and its context.
     pub fn run(&self, ops: &[Op]) -> Window {
-        Window { ops: ops.to_vec(), roots: self.roots(&[], ops), ..Window::default() }
+        let (roots, context) = (self.roots(&[], ops), self.context(ops));
+        Window { ops: ops.to_vec(), context, roots, ..Window::default() }
+    }
+
+    /// The ops that the inputs of `ops` are computed by, as far as no weight is behind them: positions, masks, sizes.
+    fn context(&self, ops: &[Op]) -> Vec<Op> {
+        let m = self.m;
+        let plain = self.plain.get_or_init(|| self.without_weights());
+        let inside: HashSet<Op> = ops.iter().copied().collect();
+        let mut found: BTreeSet<(usize, Op)> = BTreeSet::new();
+        let mut todo: VecDeque<Value> =
+            ops.iter().flat_map(|&op| m.ops[op].operands.iter().flatten().copied()).collect();
+        while let Some(v) = todo.pop_front() {
+            let Some((op, _)) = m.def_op(v).filter(|(op, _)| plain.contains(op) && !inside.contains(op))
+            else {
+                continue;
+            };
+            if found.len() < CONTEXT && found.insert((self.place_of(v), op)) {
+                todo.extend(m.ops[op].operands.iter().flatten());
+            }
+        }
+        found.into_iter().map(|(_, op)| op).collect()
+    }
+
+    /// The ops of the region that depend on inputs of the graph and on no weight.
+    fn without_weights(&self) -> HashSet<Op> {
+        let m = self.m;
+        let mut plain: HashSet<Op> = HashSet::new();
+        for &op in &m.regions[self.region].ops {
+            let data = &m.ops[op];
+            let light = |v: &Value| match (m.const_of(*v), m.def_op(*v)) {
+                (Some(c), _) => !m.consts[c].elem.is_float() || m.consts[c].count() <= WEIGHT,
+                (None, Some((def, _))) => plain.contains(&def),
+                (None, None) => true,
+            };
+            let computed = data.operands.iter().flatten().any(|v| m.const_of(*v).is_none());
+            if computed
+                && data.attrs.regions().next().is_none()
+                && !const_fold::is_random(data)
+                && data.operands.iter().flatten().all(light)
+            {
+                plain.insert(op);
+            }
+        }
+        plain
     }
 
     /// The window of the ops `readers` and of what computes their constants.
@@ -263,19 +321,10 @@ impl Window {
 
     /// Adds the window to a graph, where the values in `classes`, which are its inputs, have these classes.
     pub fn build_on(&self, g: &mut Graph, mut classes: HashMap<Value, Id>) -> Vec<Id> {
-        let m = g.world().m;
-        for &op in &self.ops {
-            let mut children = Vec::new();
-            for operand in &m.ops[op].operands {
-                children.push(match *operand {
-                    None => g.absent(),
-                    Some(v) => *classes.entry(v).or_insert_with(|| g.leaf(v)),
-                });
-            }
-            let before = g.values.len();
-            g.op_of(op, children);
-            classes.extend(g.values[before..].iter().map(|(v, id, _)| (*v, *id)));
+        for &op in &self.context {
+            g.given(op, &mut classes);
         }
+        g.add_ops(&self.ops, &mut classes);
         self.roots.iter().map(|&v| *classes.entry(v).or_insert_with(|| g.leaf(v))).collect()
     }
 }

@@ -122,7 +122,8 @@ fn build_op<'a, B: Build<'a>>(
             t => {
                 let r = build(b, rule, found, t, None)?;
                 let float = matches!(t, Term::Var(_) | Term::Op(_));
-                elem = elem.or_else(|| b.elem(&r).filter(|_| float));
+                // A condition is of another type than what is chosen by it.
+                elem = elem.or_else(|| b.elem(&r).filter(|&e| float && e != Elem::Bool));
                 Some(r)
             }
         });

@@ -14,6 +14,10 @@ use std::collections::HashMap;
 /// The versions of ONNX that rules are tried with.
 const OPSETS: [i64; 7] = [23, 23, 23, 20, 18, 17, 13];
 
+/// Values have at most this many dims, and this many elements where conditions say how many.
+const RANK: usize = 5;
+const ELEMENTS: usize = 4096;
+
 /// A model with the left side of a rule in it.
 pub struct Instance {
     /// The model; its types are not inferred.
@@ -33,8 +37,17 @@ struct Wanted {
     one_number: bool,
     one_element: bool,
     positive: bool,
-    /// One number for each channel.
-    channels: bool,
+}
+
+/// What conditions say a variable is, in terms of variables that come before it.
+#[derive(Default)]
+struct Said<'r> {
+    /// Its dims.
+    shape: HashMap<Var, &'r [Expr]>,
+    /// Its integers.
+    contents: HashMap<Var, &'r [Expr]>,
+    /// How many dims it has.
+    rank: HashMap<Var, usize>,
 }
 
 struct Maker<'r> {
@@ -46,7 +59,10 @@ struct Maker<'r> {
     /// The shape that most values have, or that they broadcast to.
     base: Vec<usize>,
     wanted: Vec<Wanted>,
+    said: Said<'r>,
     vars: HashMap<Var, Value>,
+    /// The shapes of those variables that are no terms.
+    shapes: HashMap<Var, Vec<usize>>,
     attrs: HashMap<Var, Attr>,
     inputs: Vec<(Value, Item)>,
     /// How dims of inputs are declared: as numbers, by a symbol for each size, or not.
@@ -68,7 +84,9 @@ enum Draw {
 pub fn instance(rule: &TextRule, rng: &mut Rng) -> Option<Instance> {
     use Elem::{F16, F32, F64, I64};
     let elem = *rng.pick(&[F64, F64, F64, F32, F32, F32, F16, I64]);
-    let rank = *rng.pick(&[0, 1, 2, 2, 3, 3, 3, 4, 4]);
+    let said = said(rule);
+    let asked = said.rank.values().max().copied().filter(|&n| n <= RANK && !rng.one_in(4));
+    let rank = asked.unwrap_or_else(|| *rng.pick(&[0, 1, 2, 2, 3, 3, 3, 4, 4]));
     let n = 1 + rng.below(4);
     let square = rng.one_in(3);
     let dim = |rng: &mut Rng| if rng.one_in(24) { 0 } else { 1 + rng.below(4) };
@@ -99,7 +117,9 @@ pub fn instance(rule: &TextRule, rng: &mut Rng) -> Option<Instance> {
         elem,
         base,
         wanted: wanted(rule),
+        said,
         vars: HashMap::new(),
+        shapes: HashMap::new(),
         attrs: HashMap::new(),
         inputs: Vec::new(),
         declared,
@@ -123,12 +143,10 @@ fn wanted(rule: &TextRule) -> Vec<Wanted> {
             Test::Holds(..) => {}
             Test::Compare(a, how, b) => {
                 exprs.extend([a, b]);
-                if let (Expr::Call(f, args), false) = (a, not)
+                if let (Expr::Call(Function::Number, args), Compare::Greater, false) = (a, how, not)
                     && let Some(Expr::Var(v)) = args.first()
                 {
-                    let one_dim = matches!(b, Expr::List(dims) if dims.len() == 1);
-                    out[*v].channels |= *f == Function::Shape && *how == Compare::Equal && one_dim;
-                    out[*v].positive |= *f == Function::Number && *how == Compare::Greater;
+                    out[*v].positive = true;
                 }
             }
         }
@@ -151,6 +169,21 @@ fn wanted(rule: &TextRule) -> Vec<Wanted> {
         }
         for (f, args) in todo {
             note(&mut out, f, args);
+        }
+    }
+    out
+}
+
+fn said(rule: &TextRule) -> Said<'_> {
+    let mut out = Said::default();
+    for Condition { not, test } in &rule.conditions {
+        let Test::Compare(Expr::Call(f, args), Compare::Equal, is) = test else { continue };
+        let (Some(Expr::Var(v)), false) = (args.first(), *not) else { continue };
+        match (f, is) {
+            (Function::Shape, Expr::List(dims)) => drop(out.shape.insert(*v, dims)),
+            (Function::Contents, Expr::List(items)) => drop(out.contents.insert(*v, items)),
+            (Function::Rank, Expr::Int(n)) => drop(out.rank.insert(*v, usize::try_from(*n).unwrap_or(0))),
+            _ => {}
         }
     }
     out
@@ -326,16 +359,23 @@ impl Maker<'_> {
     /// A value for a variable that stands as operand `i` of `op`.
     fn variable(&mut self, v: Var, op: &str, i: usize) -> Option<Value> {
         let w = self.wanted[v];
-        let special = self.special(op, i);
+        let special = match self.said.contents.get(&v).filter(|_| !self.rng.one_in(8)) {
+            Some(items) => {
+                let items = items.iter().map(|e| self.size(e)).collect::<Option<Vec<i64>>>()?;
+                Tensor::new(&[items.len()], items).ok()
+            }
+            None => self.special(v, op, i),
+        };
         // What an op reads as a shape or as axes is a constant nearly always.
         let constant = w.constant || if special.is_some() { !self.rng.one_in(8) } else { self.rng.one_in(2) };
         let t = match special {
             Some(t) => t,
             None => {
-                let shape = self.shape(w);
+                let shape = self.shape_of(v);
                 self.tensor(&shape, w)?
             }
         };
+        self.shapes.insert(v, t.shape().to_vec());
         let (top, name) = (self.m.top, self.rule.vars[v].clone());
         if constant {
             return Some(self.m.add_const(top, name, t.to_const()));
@@ -347,7 +387,7 @@ impl Maker<'_> {
     }
 
     /// Operands that are no numbers to compute with: shapes, axes, places, choices.
-    fn special(&mut self, op: &str, i: usize) -> Option<Tensor> {
+    fn special(&mut self, v: Var, op: &str, i: usize) -> Option<Tensor> {
         let op = op.strip_prefix("onnx.")?;
         let rank = self.base.len();
         let ints = |v: Vec<i64>| Tensor::new(&[v.len()], v).ok();
@@ -379,12 +419,63 @@ impl Maker<'_> {
             ("Slice", 3) => ints(vec![self.rng.below(rank.max(1)) as i64]),
             ("Slice", 4) => ints(vec![1]),
             ("Where", 0) | ("And" | "Or" | "Xor" | "Not", _) => {
-                let shape = self.shape(Wanted::default());
+                let shape = self.shape_of(v);
                 let n = shape.iter().product();
                 Tensor::new(&shape, Data::Bool((0..n).map(|_| self.rng.one_in(2)).collect())).ok()
             }
             _ => None,
         }
+    }
+
+    /// The shape of a variable: mostly what conditions say of it.
+    fn shape_of(&mut self, v: Var) -> Vec<usize> {
+        let dims = self.said.shape.get(&v).filter(|_| !self.rng.one_in(8));
+        if let Some(dims) = dims {
+            let known: Vec<Option<i64>> = dims.iter().map(|e| self.size(e)).collect();
+            // What nothing is said of is one, or a size of the base.
+            let other =
+                |rng: &mut Rng| if rng.one_in(2) || self.base.is_empty() { 1 } else { *rng.pick(&self.base) };
+            let dim =
+                |d: Option<i64>| d.and_then(|d| usize::try_from(d).ok()).unwrap_or_else(|| other(self.rng));
+            let shape: Vec<usize> = known.into_iter().map(dim).collect();
+            let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+            if shape.len() <= RANK && count.is_some_and(|n| n <= ELEMENTS) {
+                return shape;
+            }
+        }
+        match self.said.rank.get(&v) {
+            Some(&n) if n == self.base.len() && !self.rng.one_in(8) => self.base.clone(),
+            _ => self.shape(self.wanted[v]),
+        }
+    }
+
+    /// A size that is computed from the shapes of variables that were made up already.
+    fn size(&self, e: &Expr) -> Option<i64> {
+        Some(match e {
+            Expr::Int(n) => *n,
+            Expr::Arithmetic(sign, a, b) => {
+                let (a, b) = (self.size(a)?, self.size(b)?);
+                match sign {
+                    '+' => a.checked_add(b)?,
+                    '-' => a.checked_sub(b)?,
+                    '*' => a.checked_mul(b)?,
+                    _ => a.checked_div(b)?,
+                }
+            }
+            Expr::Call(f, args) => {
+                let Some(Expr::Var(v)) = args.first() else { return None };
+                let shape = self.shapes.get(v)?;
+                match (f, args.get(1)) {
+                    (Function::Rank, _) => shape.len() as i64,
+                    (Function::Dim, Some(Expr::Int(i))) => {
+                        let i = if *i < 0 { i + shape.len() as i64 } else { *i };
+                        *shape.get(usize::try_from(i).ok()?)? as i64
+                    }
+                    _ => return None,
+                }
+            }
+            _ => return None,
+        })
     }
 
     /// A shape that mostly broadcasts with the base.
@@ -393,9 +484,6 @@ impl Maker<'_> {
         let tail = self.rng.below(base.len() + 1);
         if w.one_element || (w.one_number && !self.rng.one_in(4)) {
             return vec![1; tail.min(self.rng.below(3))];
-        }
-        if w.channels && !self.rng.one_in(8) {
-            return base.last().map(|&n| vec![n]).unwrap_or_default();
         }
         match self.rng.below(8) {
             0..=2 => base,

@@ -82,7 +82,9 @@ fn match_term(g: &Graph, term: &Term, class: Id, f: Found) -> Vec<Found> {
             let all = terms.iter().flat_map(|t| match_term(g, t, class, f.clone()));
             all.take(WAYS).collect()
         }
-        Term::Number(n) => yes(g.splat(class).is_some_and(|(x, within)| (x - n).abs() <= within * n.abs())),
+        Term::Number(n) => yes(g
+            .splat(class)
+            .is_some_and(|(x, within)| x == *n || n.is_finite() && (x - n).abs() <= within * n.abs())),
         Term::Ints(items) => {
             let want: Option<Vec<i64>> = items.iter().map(|e| eval(g, &f, e)?.int()).collect();
             yes(want.is_some() && g.ints(class) == want)

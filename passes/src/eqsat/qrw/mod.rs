@@ -28,6 +28,17 @@ pub use term::{RuleError, TextRule};
 #[derive(Clone, Debug, Default)]
 pub struct UserRules(pub Vec<Arc<TextRule>>);
 
+impl UserRules {
+    /// The hash of all that they say; `None` where there are none.
+    pub fn content(&self) -> Option<[u8; 32]> {
+        let mut hash = blake3::Hasher::new();
+        for rule in &self.0 {
+            hash.update(&(rule.text.len() as u64).to_le_bytes()).update(rule.text.as_bytes());
+        }
+        (!self.0.is_empty()).then(|| *hash.finalize().as_bytes())
+    }
+}
+
 impl Rule for TextRule {
     fn name(&self) -> &str {
         &self.name

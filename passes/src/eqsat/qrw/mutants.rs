@@ -15,7 +15,7 @@ const SIBLINGS: &[(&str, &str)] = &[
     ("onnx.Softmax", "onnx.LogSoftmax"),
 ];
 
-const COMMUTATIVE: &[&str] = &["onnx.Add", "onnx.Mul"];
+const COMMUTATIVE: &[&str] = &["onnx.Add", "onnx.Mul", "onnx.Max"];
 
 /// Wrong variants of a term, each with what was done.
 fn wrong(term: &Term) -> Vec<(String, Term)> {

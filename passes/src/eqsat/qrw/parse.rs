@@ -477,7 +477,7 @@ fn list_functions(predicates: bool) -> String {
 }
 
 fn number(pair: &Pair<Rule>) -> Result<f64> {
-    let n = pair.as_str().parse::<f64>().ok().filter(|n| n.is_finite());
+    let n = pair.as_str().parse::<f64>().ok().filter(|n| n.is_finite() || pair.as_str() == "-inf");
     n.ok_or_else(|| error(range(pair), "the number is too large", "this number", None))
 }
 

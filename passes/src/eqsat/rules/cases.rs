@@ -43,6 +43,14 @@ const CONSTS: &str = "
   const %zero1 : tensor<1xi64> [0]
   const %one1 : tensor<1xi64> [1]
   const %two1 : tensor<1xi64> [2]
+  const %minf : tensor<f32> splat(-inf)
+  const %zero : tensor<f32> splat(0)
+  const %three1 : tensor<1xi64> [3]
+  const %four1 : tensor<1xi64> [4]
+  const %twice : tensor<5xi64> [1, 1, 2, 1, 1]
+  const %twice1 : tensor<5xi64> [1, 2, 1, 1, 1]
+  const %apart : tensor<4xi64> [1, 4, 3, 2]
+  const %beside : tensor<3xi64> [0, 0, 8]
   const %three3 : tensor<2xi64> [3, 3]
   const %to4 : tensor<2xi64> [-1, 4]
   const %to13 : tensor<2xi64> [1, 3]

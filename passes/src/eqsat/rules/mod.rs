@@ -16,6 +16,7 @@ mod contents;
 mod elementwise;
 #[cfg(test)]
 mod fires;
+mod heads;
 mod linear;
 mod movement;
 mod norm;
@@ -114,9 +115,10 @@ impl RuleSet {
         &SET
     }
 
-    /// Replaces long forms by the ops that say the same, for models that run on `profile`.
+    /// Replaces long forms by the ops that say the same, for models that run on `profile`. The canonical rules are part of
+    /// it: what an op makes needless, views above all, goes with the long form.
     pub fn fuse(profile: &str) -> RuleSet {
-        RuleSet::default().with(for_profile(fuse_rules(), profile))
+        RuleSet::canonical().clone().with(plains(&[heads::PLAINS])).with(for_profile(fuse_rules(), profile))
     }
 
     /// These rules and those that a user gave, for models that run on `profile`.
