@@ -5,7 +5,8 @@
 
 For every model: nodes, the largest difference of the outputs, relative to the largest output, and the latency in ONNX
 Runtime with its optimizations on and off, as a ratio to the model as it was (below 1: faster). All files of a model take
-turns, one run each, and the median of the runs counts. ONNX Runtime's file is what it saves at its extended level.
+turns, one run each; the time is that of the one thread that runs, so that other work on the machine counts little, and the
+median of the runs counts. ONNX Runtime's file is what it saves at its extended level.
 DIR holds the folders of the models. onnxsim runs in an environment of its own, made from rivals-onnxsim.txt.
 """
 import argparse
@@ -38,11 +39,11 @@ MODELS = [
 ON, OFF = ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
-def session(path, level, threads, save=None):
+def session(path, level, save=None):
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = level
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     if save:
         options.optimized_model_filepath = str(save)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -94,7 +95,7 @@ def candidates(args, source, work):
     yield "onnxsim", out, error or made([python, "-c", code, source, out])
     out = work / "ort.onnx"
     try:
-        session(source, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, 1, out)
+        session(source, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, out)
         yield "ONNX Runtime, extended", out, None
     except Exception as e:  # Whatever it says of the model.
         yield "ONNX Runtime, extended", out, str(e).splitlines()[0]
@@ -111,7 +112,7 @@ def compare(args, label, source, ids, shape, work):
         try:
             row["nodes"] = nodes(path)
             for mode, level in (("on", ON), ("off", OFF)):
-                s = session(path, level, args.threads)
+                s = session(path, level)
                 running.append((row, mode, s, feed(s, ids, shape), []))
         except Exception as e:
             row["error"] = str(e).splitlines()[0]
@@ -124,9 +125,9 @@ def compare(args, label, source, ids, shape, work):
     for i in range(args.runs):
         turn = running[i % len(running) :] + running[: i % len(running)]
         for _, _, s, x, times in turn:
-            start = time.perf_counter()
+            start = time.thread_time()
             s.run(None, x)
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
     base = {}
     for row, mode, _, _, times in running:
         median = statistics.median(times)
@@ -157,7 +158,6 @@ def main():
     parser.add_argument("--models", type=pathlib.Path, required=True)
     parser.add_argument("--qcc", type=pathlib.Path, default=pathlib.Path("target/release/qcc"))
     parser.add_argument("--runs", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", help="models whose label matches this")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("target/simplify"))
     parser.add_argument("--json", type=pathlib.Path, help="where to write all rows")
