@@ -57,9 +57,9 @@ def threshold(e, beta):
         return np.sign(e) * np.maximum(size - size ** (P - 1) / beta, 0)
 
 
-def hqq(w, top, symmetric):
+def hqq(w, top, symmetric, tried):
     def cost(grid):
-        return np.sum(np.abs(errors(w, *grid, top)) ** P)
+        return np.sum(errors(w, *grid, top) ** 2)
 
     scale, zero = plain(w.min(), w.max(), top, symmetric)
     starts = [(scale, zero), (-scale, zero)]
@@ -69,9 +69,9 @@ def hqq(w, top, symmetric):
             kept = w - scale * threshold(errors(w, scale, z, top) / scale, BETA * KAPPA**turn)
             z = np.mean(codes(w, scale, z, top) - kept / scale)
         starts[1] = (scale, np.clip(np.floor(z + 0.5), 0, top))
-    grids = []
+    starts.insert(0, clip(w, top, symmetric, tried))
+    grids = starts[:1]
     for scale, zero in starts:
-        grids.append((scale, zero))
         for turn in range(TURNS):
             kept = w - scale * threshold(errors(w, scale, zero, top) / scale, BETA * KAPPA**turn)
             scale = refitted(w, kept, scale, zero, top)
@@ -87,7 +87,7 @@ def case(rng, bits, symmetric, n, k, group):
     rows = [row[i : i + group].astype(np.float64) for row in w for i in range(0, k, group)]
     out = {"bits": bits, "symmetric": symmetric, "n": n, "k": k, "group": group, "w": w.tobytes().hex()}
     out["clip"] = [[float(x) for x in clip(row, top, symmetric, TRIED.get(bits, 7))] for row in rows]
-    out["hqq"] = [[float(x) for x in hqq(row, top, symmetric)] for row in rows]
+    out["hqq"] = [[float(x) for x in hqq(row, top, symmetric, TRIED.get(bits, 7))] for row in rows]
     return out
 
 

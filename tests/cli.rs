@@ -384,6 +384,20 @@ fn the_model_says_how_it_was_made() {
 }
 
 #[test]
+fn a_weight_that_two_passes_round_counts_once() {
+    let report = |passes: &str| -> serde_json::Value {
+        serde_json::from_str(&ok(&[MODEL, "--pass", passes, "--dry-run", "--json"])).unwrap()
+    };
+    let (once, twice) = (report("rtn,pack-int4"), report("f16-weights,rtn,pack-int4"));
+    let sizes = |r: &serde_json::Value| -> Vec<_> {
+        let weights = r["weights"].as_array().unwrap().iter();
+        weights.map(|w| (w["node"].clone(), w["bytes_before"].clone(), w["bytes_after"].clone())).collect()
+    };
+    assert_eq!(sizes(&once), sizes(&twice));
+    assert_eq!(twice["weights"][0]["notes"][0], "f16 of val_74");
+}
+
+#[test]
 fn a_check_tells_wiring_from_rounding_and_leaves_no_trace() {
     let dir = Folder::new();
     let (plain, checked) = (dir.path("plain.onnx"), dir.path("checked.onnx"));
@@ -528,6 +542,7 @@ fn what_cannot_be_measured() {
     let cases: &[(i32, &str, &[&str])] = &[
         (2, "unknown pass \"rtm\"", &["sensitivity", MODEL, "--pass", "rtm"]),
         (2, "pack-int4 quantizes nothing", &["sensitivity", MODEL, "--pass", "rtn,pack-int4"]),
+        (2, "mixed chooses for all weights", &["sensitivity", MODEL, "--pass", "mixed{budget=4bits}"]),
         (2, "it rounds weights", &["sweep", MODEL, "--packer", "rtn"]),
         (
             2,

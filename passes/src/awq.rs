@@ -106,10 +106,7 @@ impl Awq {
         let backwards = groups.into_iter().rev().collect();
         for run in gram::runs(backwards, |(_, g, _)| g.k, gram::BUDGET) {
             // Finished groups change the module only once the data of the others is gathered, as if none were finished.
-            let find = |(key, g, _): &(Key, Group, Vec<Symbol>)| match self.round {
-                true => work.finished(m, cx, key, &g.weights),
-                false => Ok(None),
-            };
+            let find = |(key, g, _): &(Key, Group, Vec<Symbol>)| work.finished(m, cx, key, &g.weights);
             let finished: Vec<Option<Finished>> = run.iter().map(find).collect::<Result<_, _>>()?;
             let open = run.iter().zip(&finished).filter(|(_, done)| done.is_none());
             let open: Vec<(Value, usize)> = open.map(|((_, g, _), _)| (g.x, g.k)).collect();
@@ -121,14 +118,15 @@ impl Awq {
                     None => {
                         let gram = grams.remove(&g.x).expect("every wanted value was collected");
                         let done = self.group(m, cx, &group, &gram)?;
-                        if self.round {
-                            work.keep(key, &done)?;
-                        }
-                        scaled += u64::from(done.scale.is_some());
+                        work.keep(key, &done)?;
                         done.scale
                     }
                 };
+                scaled += u64::from(scale.is_some());
                 if let Some(scale) = scale {
+                    if !self.round {
+                        group.weights.iter().try_for_each(|w| multiply(m, w, &scale))?;
+                    }
                     divide(m, cx, &group, &scale)?;
                 }
                 if !progress.advance(1) {
@@ -191,9 +189,6 @@ impl Awq {
             }
         };
         if !self.round {
-            if let Some(s) = &scale {
-                group.weights.iter().try_for_each(|w| multiply(m, w, s))?;
-            }
             return Ok(Finished { scale, ..Finished::default() });
         }
         let ones = vec![1.0; group.k];

@@ -7,16 +7,17 @@
 //! the mean of `q - (w - shrunk) / s`, with the scale of the whole range. `beta` grows by `KAPPA` a turn.
 //!
 //! The method's zero point is a real number, and the runtime's a code. So it is rounded, and then the other parameter
-//! takes its turns in the same way: the scale, by least squares, from the rounded zero point and from that of round to
-//! nearest. A symmetric grid, whose zero point is fixed, has the scale's turns only, with either sign. The grid of least
-//! cost stays, round to nearest's among them, so that no group costs more than that.
+//! takes its turns in the same way: the scale, by least squares, from the rounded zero point, from that of round to
+//! nearest, and from the clipped grid. A symmetric grid, whose zero point is fixed, has the scale's turns only, with
+//! either sign. Of all grids on the way that of least *squared* error stays, which is what the model's output feels: the
+//! forgiving norm leads to grids, and does not judge them. So no group loses more than by clipping.
 //!
 //! Errors are measured in steps of the grid, so that the threshold means the same for weights of any size. p is 3/4
 //! rather than the authors' 0.7: its powers are square roots, which every processor rounds alike.
 
 use super::clip::Grid;
 use super::rtn::{code, reciprocal};
-use super::shrink::Best;
+use super::shrink::{Best, Shrink, squares};
 use super::{At, Block, BlockOut, LANES, Quantizer, Range, Spec, Stats, encode};
 use multiversion::multiversion;
 
@@ -47,21 +48,20 @@ impl Hqq {
         let top = spec.max_code() as f32;
         let (scale, zero) = Range::of(x).grid(spec);
         let plain = Grid { scale, zero };
-        let mut best = Best { cost: turn(x, &plain, top, BETA).cost, grid: plain };
+        let clipped = Shrink::grid(spec, x);
+        let mut best = Best { cost: squares(x, &clipped, top), grid: clipped };
         let other = match spec.symmetric {
             true if spec.narrow => plain,
             true => Grid { scale: scale.map(|s| -s), zero },
             false => Grid { scale, zero: zero_points(x, &plain, top) },
         };
-        for mut grid in [plain, other] {
+        for mut grid in [clipped, plain, other] {
             let mut beta = BETA;
             for _ in 0..TURNS {
-                let turn = turn(x, &grid, top, beta);
-                best.take(&grid, &turn.cost);
-                grid.refit(spec, &turn.scale);
+                grid.refit(spec, &turn(x, &grid, top, beta).scale);
+                best.take(&grid, &squares(x, &grid, top));
                 beta *= KAPPA;
             }
-            best.take(&grid, &turn(x, &grid, top, beta).cost);
         }
         best.grid
     }
@@ -84,8 +84,6 @@ fn zero_points(x: &Block, start: &Grid, top: f32) -> [f32; LANES] {
 /// What one turn finds on a grid.
 #[derive(Clone, Copy, Default)]
 struct Turn {
-    /// `sum |w - (q - z) s|^(3/4)`.
-    cost: [f32; LANES],
     /// The scale that is next, with this zero point.
     scale: [f32; LANES],
     /// The zero point that is next, with this scale.
@@ -105,9 +103,7 @@ fn turn(x: &Block, grid: &Grid, top: f32, beta: f32) -> Turn {
             let c = q - grid.zero[l];
             // The error in steps: its size is `root^4`.
             let e = (row[l] - c * grid.scale[l]) * r[l];
-            let half = e.abs().sqrt();
-            let root = half.sqrt();
-            turn.cost[l] += half * root;
+            let root = e.abs().sqrt().sqrt();
             // |e| - |e|^(p - 1) / beta; no error at all gives minus infinity.
             let d = e.abs() - per / root;
             let d = if d > 0.0 { d } else { 0.0 };
@@ -119,8 +115,6 @@ fn turn(x: &Block, grid: &Grid, top: f32, beta: f32) -> Turn {
     }
     let count = x.len() as f32;
     for l in 0..LANES {
-        let half = grid.scale[l].abs().sqrt();
-        turn.cost[l] *= half * half.sqrt();
         turn.scale[l] = grid.scale[l] * (up[l] / down[l]);
         turn.zero[l] /= count;
     }

@@ -100,7 +100,7 @@ fn search(spec: &Spec, x: &Block, top: f32) -> Best {
 
 /// The squared error of the nearest codes.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn squares(x: &Block, grid: &Grid, top: f32) -> [f32; LANES] {
+pub(super) fn squares(x: &Block, grid: &Grid, top: f32) -> [f32; LANES] {
     let r = grid.scale.map(reciprocal);
     let mut sum = [0.0; LANES];
     for row in x {
