@@ -8,6 +8,7 @@ import numpy as np
 
 SHRINKS = [1 - 0.05 * i for i in range(13)]
 TRIED = {2: 13, 3: 9}  # how many of them; 7 for more bits
+NEAR = [0.85, 0.9, 0.925, 0.95, 0.975, 1, 1.025, 1.05, 1.075, 1.1, 1.15]
 P, TURNS, BETA, KAPPA = 0.75, 20, 10.0, 1.01
 
 
@@ -76,6 +77,14 @@ def hqq(w, top, symmetric, tried):
             kept = w - scale * threshold(errors(w, scale, zero, top) / scale, BETA * KAPPA**turn)
             scale = refitted(w, kept, scale, zero, top)
             grids.append((scale, zero))
+    grids = [min(grids, key=cost)]
+    for shift in [0] if symmetric else [0, -1, 1]:
+        for near in NEAR:
+            scale, zero = grids[0][0] * near, np.clip(grids[0][1] + shift, 0, top)
+            grids.append((scale, zero))
+            for _ in range(2):
+                scale = refitted(w, w, scale, zero, top)
+                grids.append((scale, zero))
     return min(grids, key=cost)
 
 

@@ -10,14 +10,15 @@
 //! takes its turns in the same way: the scale, by least squares, from the rounded zero point, from that of round to
 //! nearest, and from the clipped grid. A symmetric grid, whose zero point is fixed, has the scale's turns only, with
 //! either sign. Of all grids on the way that of least *squared* error stays, which is what the model's output feels: the
-//! forgiving norm leads to grids, and does not judge them. So no group loses more than by clipping.
+//! forgiving norm leads to grids, and does not judge them. So no group loses more than by clipping. Last, grids near that
+//! one are tried: the finer a grid is, the more of its gain lies between the steps that clipping tries.
 //!
 //! Errors are measured in steps of the grid, so that the threshold means the same for weights of any size. p is 3/4
 //! rather than the authors' 0.7: its powers are square roots, which every processor rounds alike.
 
 use super::clip::Grid;
 use super::rtn::{code, reciprocal};
-use super::shrink::{Best, Shrink, squares};
+use super::shrink::{Best, Shrink, least_squares, squares};
 use super::{At, Block, BlockOut, LANES, Quantizer, Range, Spec, Stats, encode};
 use multiversion::multiversion;
 
@@ -25,6 +26,10 @@ use multiversion::multiversion;
 const TURNS: usize = 20;
 const BETA: f32 = 10.0;
 const KAPPA: f32 = 1.01;
+
+/// Scales near the best one, as parts of it, and how often each is refitted.
+const NEAR: [f32; 11] = [0.85, 0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1, 1.15];
+const REFITS: usize = 2;
 
 /// Half-quadratic quantization, ending in integer zero points.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,6 +66,19 @@ impl Hqq {
                 grid.refit(spec, &turn(x, &grid, top, beta).scale);
                 best.take(&grid, &squares(x, &grid, top));
                 beta *= KAPPA;
+            }
+        }
+        let found = best.grid;
+        let shifts: &[f32] = if spec.symmetric { &[0.0] } else { &[0.0, -1.0, 1.0] };
+        for shift in shifts {
+            for near in NEAR {
+                let mut grid = Grid { scale: found.scale, zero: found.zero.map(|z| (z + shift).clamp(0.0, top)) };
+                grid.refit(spec, &found.scale.map(|s| s * near));
+                best.take(&grid, &squares(x, &grid, top));
+                for _ in 0..REFITS {
+                    grid.refit(spec, &least_squares(x, &grid, top));
+                    best.take(&grid, &squares(x, &grid, top));
+                }
             }
         }
         best.grid
