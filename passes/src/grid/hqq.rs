@@ -72,7 +72,8 @@ impl Hqq {
         let shifts: &[f32] = if spec.symmetric { &[0.0] } else { &[0.0, -1.0, 1.0] };
         for shift in shifts {
             for near in NEAR {
-                let mut grid = Grid { scale: found.scale, zero: found.zero.map(|z| (z + shift).clamp(0.0, top)) };
+                let mut grid =
+                    Grid { scale: found.scale, zero: found.zero.map(|z| (z + shift).clamp(0.0, top)) };
                 grid.refit(spec, &found.scale.map(|s| s * near));
                 best.take(&grid, &squares(x, &grid, top));
                 for _ in 0..REFITS {
