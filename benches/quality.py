@@ -83,7 +83,7 @@ PIPELINES = [
 
 # Mixed precision at the bytes, `$`, of a uniform file.
 UNIFORM = "gptq{@}"
-MIXED = ["mixed{size=$,method=gptq}", "mixed{size=$}", "mixed{size=$,solver=greedy}"]
+MIXED = [f"mixed{{{o}}} --measure-samples 8" for o in ("size=$,method=gptq", "size=$", "size=$,solver=greedy")]
 
 # What is timed on one layer, and what is watched on a wide one.
 TIMED = ["rtn", "awq", "gptq", "gptq{sequential=off}"]

@@ -8,6 +8,7 @@ import numpy as np
 
 SHRINKS = [1 - 0.05 * i for i in range(13)]
 TRIED = {2: 13, 3: 9}  # how many of them; 7 for more bits
+NEAR = [0.85, 0.9, 0.925, 0.95, 0.975, 1, 1.025, 1.05, 1.075, 1.1, 1.15]
 P, TURNS, BETA, KAPPA = 0.75, 20, 10.0, 1.01
 
 
@@ -57,9 +58,9 @@ def threshold(e, beta):
         return np.sign(e) * np.maximum(size - size ** (P - 1) / beta, 0)
 
 
-def hqq(w, top, symmetric):
+def hqq(w, top, symmetric, tried):
     def cost(grid):
-        return np.sum(np.abs(errors(w, *grid, top)) ** P)
+        return np.sum(errors(w, *grid, top) ** 2)
 
     scale, zero = plain(w.min(), w.max(), top, symmetric)
     starts = [(scale, zero), (-scale, zero)]
@@ -69,13 +70,21 @@ def hqq(w, top, symmetric):
             kept = w - scale * threshold(errors(w, scale, z, top) / scale, BETA * KAPPA**turn)
             z = np.mean(codes(w, scale, z, top) - kept / scale)
         starts[1] = (scale, np.clip(np.floor(z + 0.5), 0, top))
-    grids = []
+    starts.insert(0, clip(w, top, symmetric, tried))
+    grids = starts[:1]
     for scale, zero in starts:
-        grids.append((scale, zero))
         for turn in range(TURNS):
             kept = w - scale * threshold(errors(w, scale, zero, top) / scale, BETA * KAPPA**turn)
             scale = refitted(w, kept, scale, zero, top)
             grids.append((scale, zero))
+    grids = [min(grids, key=cost)]
+    for shift in [0] if symmetric else [0, -1, 1]:
+        for near in NEAR:
+            scale, zero = grids[0][0] * near, np.clip(grids[0][1] + shift, 0, top)
+            grids.append((scale, zero))
+            for _ in range(2):
+                scale = refitted(w, w, scale, zero, top)
+                grids.append((scale, zero))
     return min(grids, key=cost)
 
 
@@ -87,7 +96,7 @@ def case(rng, bits, symmetric, n, k, group):
     rows = [row[i : i + group].astype(np.float64) for row in w for i in range(0, k, group)]
     out = {"bits": bits, "symmetric": symmetric, "n": n, "k": k, "group": group, "w": w.tobytes().hex()}
     out["clip"] = [[float(x) for x in clip(row, top, symmetric, TRIED.get(bits, 7))] for row in rows]
-    out["hqq"] = [[float(x) for x in hqq(row, top, symmetric)] for row in rows]
+    out["hqq"] = [[float(x) for x in hqq(row, top, symmetric, TRIED.get(bits, 7))] for row in rows]
     return out
 
 

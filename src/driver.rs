@@ -200,6 +200,7 @@ impl Driver<'_> {
         };
         // A pass that panics has a bug; the user still gets a message and a reproducer, and no half-written file.
         let ran = catch_unwind(AssertUnwindSafe(|| step.pass.run(m, &mut cx)));
+        report.merge();
         let changed = match ran {
             Ok(Ok(changed)) => changed == Changed::Yes,
             Ok(Err(e)) => return Err(self.failed(number, e)),

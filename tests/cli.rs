@@ -384,6 +384,20 @@ fn the_model_says_how_it_was_made() {
 }
 
 #[test]
+fn a_weight_that_two_passes_round_counts_once() {
+    let report = |passes: &str| -> serde_json::Value {
+        serde_json::from_str(&ok(&[MODEL, "--pass", passes, "--dry-run", "--json"])).unwrap()
+    };
+    let (once, twice) = (report("rtn,pack-int4"), report("f16-weights,rtn,pack-int4"));
+    let sizes = |r: &serde_json::Value| -> Vec<_> {
+        let weights = r["weights"].as_array().unwrap().iter();
+        weights.map(|w| (w["node"].clone(), w["bytes_before"].clone(), w["bytes_after"].clone())).collect()
+    };
+    assert_eq!(sizes(&once), sizes(&twice));
+    assert_eq!(twice["weights"][0]["notes"][0], "f16 of val_74");
+}
+
+#[test]
 fn a_check_tells_wiring_from_rounding_and_leaves_no_trace() {
     let dir = Folder::new();
     let (plain, checked) = (dir.path("plain.onnx"), dir.path("checked.onnx"));
@@ -520,6 +534,43 @@ fn measured_as_text() {
     );
 }
 
+/// A channel of an activation that stands out, and an activation of which none does.
+const STANDS_OUT: &str = "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<8x4xf32>) {
+  const %c : tensor<4xf32> [1, 1, 1000, 1]
+  const %w : tensor<4x2xf32> [0.5, 0.25, -0.5, 1, 0.125, -1, 0.75, 0.5]
+  const %v : tensor<4x2xf32> [1, 2, 3, 4, 5, 6, 7, 8]
+  %a = onnx.Mul(%x, %c) : tensor<8x4xf32>
+  %y = onnx.MatMul(%a, %w) : tensor<8x2xf32>
+  %z = onnx.MatMul(%a, %v) : tensor<8x2xf32>
+  %u = onnx.MatMul(%x, %v) : tensor<8x2xf32>
+  return %y, %z, %u
+}
+";
+
+#[test]
+fn what_stands_out() {
+    let dir = Folder::new();
+    let model = dir.path("outliers.qir");
+    fs::write(&model, STANDS_OUT).unwrap();
+    let args = ["outliers", &model, "--calib", "random", "--calib-samples", "16"];
+    let found: serde_json::Value = serde_json::from_str(&ok(&[&args[..], &["--json"]].concat())).unwrap();
+    let activations = found["activations"].as_array().unwrap();
+    assert_eq!(activations.len(), 2);
+    assert_eq!(
+        (&activations[0]["value"], &activations[0]["outliers"][0]["channel"]),
+        (&"a".into(), &2.into())
+    );
+    assert_eq!(activations[1]["outliers"], serde_json::json!([]));
+    assert_eq!((number(&found["weights"][1]["max"]), number(&found["weights"][1]["k"])), (8.0, 4.0));
+    // Figures may differ in their last digits between processors.
+    snapshot("outliers", &ok(&args).replace(|c: char| c.is_ascii_digit(), "0"));
+    // With nothing that stands out so far.
+    let text = ok(&[&args[..], &["--channel", "1e9"]].concat());
+    assert!(text.contains("nothing stands out"), "{text}");
+    assert_eq!(qcc(&[&args[..], &["--sigma", "0"]].concat()).code, 2);
+}
+
 #[test]
 fn what_cannot_be_measured() {
     let dir = Folder::new();
@@ -528,6 +579,7 @@ fn what_cannot_be_measured() {
     let cases: &[(i32, &str, &[&str])] = &[
         (2, "unknown pass \"rtm\"", &["sensitivity", MODEL, "--pass", "rtm"]),
         (2, "pack-int4 quantizes nothing", &["sensitivity", MODEL, "--pass", "rtn,pack-int4"]),
+        (2, "mixed chooses for all weights", &["sensitivity", MODEL, "--pass", "mixed{budget=4bits}"]),
         (2, "it rounds weights", &["sweep", MODEL, "--packer", "rtn"]),
         (
             2,
@@ -535,6 +587,7 @@ fn what_cannot_be_measured() {
             &["sweep", MODEL, "--group", "7", "--rows", "1", "--calib", "calib_ids.npy"],
         ),
         (1, "calibration data is needed", &["sensitivity", &plain]),
+        (1, "calibration data is needed", &["outliers", &plain]),
         (1, "cannot read", &["sensitivity", MODEL, "--calib", &npz]),
         (1, "rtn matched nothing", &["sensitivity", MODEL, "--only", "none", "--calib", "calib_ids.npy"]),
     ];

@@ -6,17 +6,17 @@
 //! rounded weights have the least error of the group's *output* over the calibration data, which the Gram matrix of
 //! the activations gives exactly. Then each group of weights is clipped for the same error, or refined without data (hqq).
 
-use crate::eqsat::{self, Placement};
+use crate::eqsat::Placement;
 use crate::errors::Judge;
 use crate::gram::{self, Gram, quadratic_of};
 use crate::grid::{self, Clip, Float, Layout, Matrix, Ranges};
 use crate::group::{self, Group, Rows, groups};
 use crate::qtensor::QTensor;
-use crate::quantize::{Clipping, GridOptions, Notes, Shared, candidates, dequantize, each, quantize_matrix};
-use crate::store::{Finished, Key, Work, original};
+use crate::quantize::{Clipping, GridOptions, Notes, Shared, dequantize, each, quantize_matrix};
+use crate::scale;
+use crate::store::{Finished, Key, Work};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
-use dialects::ir::{Module, Op, OpBuilder, Symbol, Use, Value};
-use dialects::tensor::Tensor;
+use dialects::ir::{Module, Symbol, Value};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -94,7 +94,7 @@ impl Awq {
         work: &Work,
     ) -> Result<(), PassError> {
         let keyed = |g: Group| {
-            let nodes = g.weights.iter().map(|w| m.ops[w.first().op].loc.clone()).collect();
+            let nodes = scale::nodes(m, &g);
             (work.key(m, &g.weights), g, nodes)
         };
         let groups: Vec<(Key, Group, Vec<Symbol>)> = groups(m, weights).into_iter().map(keyed).collect();
@@ -106,30 +106,28 @@ impl Awq {
         let backwards = groups.into_iter().rev().collect();
         for run in gram::runs(backwards, |(_, g, _)| g.k, gram::BUDGET) {
             // Finished groups change the module only once the data of the others is gathered, as if none were finished.
-            let find = |(key, g, _): &(Key, Group, Vec<Symbol>)| match self.round {
-                true => work.finished(m, cx, key, &g.weights),
-                false => Ok(None),
-            };
+            let find = |(key, g, _): &(Key, Group, Vec<Symbol>)| work.finished(m, cx, key, &g.weights);
             let finished: Vec<Option<Finished>> = run.iter().map(find).collect::<Result<_, _>>()?;
             let open = run.iter().zip(&finished).filter(|(_, done)| done.is_none());
             let open: Vec<(Value, usize)> = open.map(|((_, g, _), _)| (g.x, g.k)).collect();
             let mut grams = gram::collect(m, cx, &open, NAME)?;
             for ((key, g, nodes), done) in run.iter().zip(finished) {
-                let group = current(m, cx, &self.filter, g, nodes)?;
+                let group = scale::current(m, cx, NAME, &self.filter, g, nodes)?;
                 let scale = match done {
                     Some(done) => done.install(m, cx, NAME, &group.weights)?,
                     None => {
                         let gram = grams.remove(&g.x).expect("every wanted value was collected");
                         let done = self.group(m, cx, &group, &gram)?;
-                        if self.round {
-                            work.keep(key, &done)?;
-                        }
-                        scaled += u64::from(done.scale.is_some());
+                        work.keep(key, &done)?;
                         done.scale
                     }
                 };
+                scaled += u64::from(scale.is_some());
                 if let Some(scale) = scale {
-                    divide(m, cx, &group, &scale)?;
+                    if !self.round {
+                        group.weights.iter().try_for_each(|w| scale::multiply(m, NAME, w, &scale))?;
+                    }
+                    scale::divide(m, cx, NAME, &group, &scale)?;
                 }
                 if !progress.advance(1) {
                     return Err(PassError::Env("interrupted".into()));
@@ -142,27 +140,6 @@ impl Awq {
         cx.report.note(format!("awq: {scaled} of {count} inputs of linears are scaled, nothing is rounded"));
         Ok(())
     }
-}
-
-/// The group as it is now: folding a later group's scale may have put new ops in the place of its linears. `nodes` are
-/// those of its weights in their order, which new ops do not keep.
-fn current(
-    m: &Module,
-    cx: &mut PassCx,
-    filter: &Filter,
-    group: &Group,
-    nodes: &[Symbol],
-) -> Result<Group, PassError> {
-    let weights = candidates(m, cx, filter, false);
-    let found = groups(m, weights).into_iter().find(|g| g.x == group.x && g.k == group.k);
-    let in_order = |mut g: Group| {
-        g.weights.sort_by_key(|w| nodes.iter().position(|n| *n == m.ops[w.first().op].loc));
-        g
-    };
-    found.map(in_order).ok_or_else(|| {
-        let why = "this is a bug: the linears that read it are gone".into();
-        PassError::At { pass: NAME, what: m.value_label(group.x), why }
-    })
 }
 
 impl Awq {
@@ -191,9 +168,6 @@ impl Awq {
             }
         };
         if !self.round {
-            if let Some(s) = &scale {
-                group.weights.iter().try_for_each(|w| multiply(m, w, s))?;
-            }
             return Ok(Finished { scale, ..Finished::default() });
         }
         let ones = vec![1.0; group.k];
@@ -226,21 +200,7 @@ impl Awq {
         if self.grid == 0 {
             return Err("the search is off (grid=0)".into());
         }
-        if group.mixed {
-            return Err("a weight is multiplied with several values".into());
-        }
-        if cx.settings.tied_shared && group.weights.iter().any(|w| is_tied(m, w)) {
-            return Err("the weight is shared with an embedding".into());
-        }
-        let consumers: Vec<Op> = group.weights.iter().flat_map(|w| w.uses.iter().map(|l| l.op)).collect();
-        let p = eqsat::place(m, cx.ops, group.x, &consumers);
-        match &p.why_not {
-            Some(_) if cx.settings.allow_mul => {
-                Ok(Placement { sites: vec!["a Mul that stays".into()], ..Placement::default() })
-            }
-            Some(why) => Err(why.clone()),
-            None => Ok(p),
-        }
+        scale::placement(m, cx, group)
     }
 
     /// The scale of least output error, when it is worth it. `freedom` ties channels of equal class.
@@ -251,11 +211,11 @@ impl Awq {
         freedom: Option<&[u32]>,
         spec: &grid::Spec,
     ) -> Option<Vec<f32>> {
-        let sampled: Vec<Rows> = weights.iter().map(|w| sample(w, gram.k)).collect();
+        let sampled: Vec<Rows> = weights.iter().map(|w| w.sample(gram.k, SEARCH_ROWS)).collect();
         let exact = gram.to_f32();
         let rms = rms(gram, freedom);
         let error = |i: u32| {
-            let s = scale(&rms, i as f32 / self.grid as f32);
+            let s = power(&rms, i as f32 / self.grid as f32);
             (rounding_error(&sampled, &exact, &s, spec), s)
         };
         let mut tried: Vec<(f64, Vec<f32>)> = (0..=self.grid).into_par_iter().map(error).collect();
@@ -294,61 +254,6 @@ impl Awq {
     }
 }
 
-/// Inserts `x / s` before the group's linears and has it folded away.
-fn divide(m: &mut Module, cx: &mut PassCx, group: &Group, s: &[f32]) -> Result<(), PassError> {
-    let mut ops: Vec<Op> = group.weights.iter().flat_map(|w| w.uses.iter().map(|l| l.op)).collect();
-    ops.sort_by_key(|op| m.regions[m.ops[*op].region].ops.iter().position(|o| o == op));
-    let (first, ty) = (ops[0], m.ty(group.x).clone());
-    let (region, loc) = (m.ops[first].region, m.ops[first].loc.clone());
-    let what = m.value_label(group.x);
-    let inverse: Vec<f32> = s.iter().map(|s| 1.0 / s).collect();
-    let inverse = Tensor::new(&[s.len()], inverse).expect("one entry per channel");
-    let elem = ty.elem().unwrap_or(dialects::ir::Elem::F32);
-    let inverse = Tensor::from_f32(elem, &[s.len()], inverse.f32s().expect("it is f32").to_vec())
-        .map_err(|e| PassError::At { pass: NAME, what: what.clone(), why: e.to_string() })?;
-    let inverse = m.add_const(region, m.fresh_name(&format!("{what}.awq")), inverse.to_const());
-    let mul =
-        m.insert_before(first, OpBuilder::new("onnx.Mul", &loc).operands([group.x, inverse]).result(ty));
-    let scaled = m.ops[mul].result(0).expect("a Mul has a result");
-    for op in ops {
-        for operand in m.ops[op].operands.iter_mut().filter(|v| **v == Some(group.x)) {
-            *operand = Some(scaled);
-        }
-    }
-    eqsat::fold(m, cx, mul, NAME)
-}
-
-/// Puts the weight with every channel multiplied by its entry of `s` in its place.
-fn multiply(m: &mut Module, shared: &Shared, s: &[f32]) -> Result<(), PassError> {
-    let fail = |why: String| PassError::At { pass: NAME, what: shared.label(m), why };
-    let l = shared.first();
-    let scaled = original(m, NAME, shared, Some(s))?;
-    let dims = m.ty(l.operand).as_tensor().and_then(|t| t.known_shape());
-    let dims = dims.unwrap_or_else(|| scaled.shape().to_vec());
-    let elem = m.ty(l.operand).elem().unwrap_or(l.elem);
-    let values = scaled.to_f32().map_err(|e| fail(e.to_string()))?.into_owned();
-    let scaled = Tensor::from_f32(elem, &dims, values).map_err(|e| fail(e.to_string()))?;
-    let label = shared.label(m);
-    let weight = m.add_const(m.ops[l.op].region, m.fresh_name(&format!("{label}.scaled")), scaled.to_const());
-    for l in &shared.uses {
-        m.ops[l.op].operands[l.operand_index] = Some(weight);
-    }
-    if m.uses().of(l.weight).is_empty() {
-        // Filters and reports know it by the name that it has in the file.
-        let name = m.values[l.weight].name.clone();
-        m.values[l.weight].name = std::mem::replace(&mut m.values[weight].name, name);
-    }
-    Ok(())
-}
-
-/// Whether the weight is also what a Gather reads.
-fn is_tied(m: &Module, w: &Shared) -> bool {
-    let konst = w.first().konst;
-    let gather = |u: &Use| matches!(u, Use::Operand(op, 0) if m.ops[*op].is("onnx.Gather"));
-    let uses = m.uses();
-    m.values.keys().any(|v| m.const_of(v) == Some(konst) && uses.of(v).iter().any(gather))
-}
-
 /// The root mean square of each channel of the activations; tied channels share theirs.
 fn rms(gram: &Gram, freedom: Option<&[u32]>) -> Vec<f32> {
     let mut squares: Vec<f64> = gram.diagonal().into_iter().map(|x| x / gram.rows.max(1) as f64).collect();
@@ -366,7 +271,7 @@ fn rms(gram: &Gram, freedom: Option<&[u32]>) -> Vec<f32> {
 }
 
 /// `rms^alpha`, with the geometric middle of its range at 1. A channel without activations has 1.
-fn scale(rms: &[f32], alpha: f32) -> Vec<f32> {
+fn power(rms: &[f32], alpha: f32) -> Vec<f32> {
     let raw: Vec<Option<f32>> = rms.iter().map(|&r| (r > 0.0).then(|| r.powf(alpha))).collect();
     let (least, most) = raw.iter().flatten().fold((f32::MAX, 0f32), |(a, b), &x| (a.min(x), b.max(x)));
     let middle = least.sqrt() * most.sqrt();
@@ -387,13 +292,6 @@ fn rounding_error(weights: &[Rows], gram: &[f32], s: &[f32], spec: &grid::Spec) 
         quadratic_of(w.n, k, gram, |from, out| out.copy_from_slice(&e[from * k..][..out.len()]))
     };
     weights.iter().map(error).sum()
-}
-
-/// At most [`SEARCH_ROWS`] rows, evenly spaced.
-fn sample(w: &Rows, k: usize) -> Rows {
-    let n = w.n.min(SEARCH_ROWS);
-    let values = (0..n).flat_map(|i| w.values[i * w.n / n * k..][..k].iter().copied()).collect();
-    Rows { n, values }
 }
 
 /// The weight with every channel multiplied by its entry of `s`.
@@ -425,9 +323,9 @@ mod tests {
         let r = rms(&gram([1.0, 1.0, 16.0, 0.0]), None);
         assert_eq!(r, [1.0, 1.0, 4.0, 0.0]);
         // With alpha 1 the middle of the range 1..4 is 2. The dead channel keeps 1.
-        assert_eq!(scale(&r, 1.0), [0.5, 0.5, 2.0, 1.0]);
-        assert_eq!(scale(&r, 0.0), [1.0; 4]);
-        assert_eq!(scale(&[0.0; 3], 1.0), [1.0; 3]);
+        assert_eq!(power(&r, 1.0), [0.5, 0.5, 2.0, 1.0]);
+        assert_eq!(power(&r, 0.0), [1.0; 4]);
+        assert_eq!(power(&[0.0; 3], 1.0), [1.0; 3]);
     }
 
     #[test]

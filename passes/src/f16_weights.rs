@@ -121,6 +121,7 @@ fn store(m: &mut Module, cx: &mut PassCx, shared: &Shared) -> Result<(), PassErr
         m.ops[l.op].operands[l.operand_index] = Some(value);
     }
     cx.env.quantized(value, &|| Ok(w.tensor(l.operand_is_nk)))?;
+    let stored = Some(m.value_label(half));
     cx.report.weights.push(WeightReport {
         weight: label,
         node: m.ops[l.op].loc.to_string(),
@@ -131,6 +132,7 @@ fn store(m: &mut Module, cx: &mut PassCx, shared: &Shared) -> Result<(), PassErr
         group_size: l.k,
         bytes_before: m.consts[l.konst].byte_len(),
         bytes_after,
+        stored,
         frobenius_error: sums.error2.sqrt(),
         weight_error: if sums.weight2 > 0.0 { (sums.error2 / sums.weight2).sqrt() } else { 0.0 },
         ..WeightReport::default()

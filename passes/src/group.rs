@@ -59,6 +59,15 @@ pub struct Rows {
     pub values: Vec<f32>,
 }
 
+impl Rows {
+    /// At most `most` rows of `k` elements, evenly spaced.
+    pub fn sample(&self, k: usize, most: usize) -> Rows {
+        let n = self.n.min(most);
+        let values = (0..n).flat_map(|i| self.values[i * self.n / n * k..][..k].iter().copied()).collect();
+        Rows { n, values }
+    }
+}
+
 /// The weight of a linear, `[N, K]`.
 pub fn rows(m: &Module, pass: &'static str, shared: &Shared) -> Result<Rows, PassError> {
     let l = shared.first();

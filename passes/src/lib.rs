@@ -4,6 +4,7 @@
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
 pub mod awq;
+pub mod bias_correct;
 pub mod calibrate;
 pub mod canonicalize;
 pub mod computed;
@@ -12,6 +13,7 @@ pub mod dce;
 pub mod eqsat;
 pub mod equalize;
 pub mod errors;
+pub mod extremes;
 pub mod f16_weights;
 pub mod fold_scales;
 pub mod fuse;
@@ -20,11 +22,14 @@ pub mod gptq;
 pub mod gram;
 pub mod grid;
 pub mod group;
+pub mod inject_outliers;
 pub mod insert_fake_quant;
 pub mod islands;
 pub mod linear;
 pub mod linears;
+pub mod llm_int8;
 pub mod mixed;
+pub mod outliers;
 pub mod pack_int4;
 pub mod pack_qdq;
 pub mod qtensor;
@@ -35,7 +40,9 @@ pub mod report;
 pub mod rewrite;
 pub mod rotate;
 pub mod rtn;
+pub mod scale;
 pub mod sensitivity;
+pub mod smooth_migrate;
 pub mod store;
 #[cfg(test)]
 pub mod testing;
@@ -335,10 +342,14 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<fold_scales::FoldScales>("fold-scales"),
     || PassDef::of::<equalize::Equalize>("equalize"),
     || PassDef::of::<rotate::Rotate>("rotate"),
+    || PassDef::of::<inject_outliers::InjectOutliers>("inject-outliers"),
+    || PassDef::of::<smooth_migrate::SmoothMigrate>("smooth-migrate"),
+    || PassDef::of::<bias_correct::BiasCorrect>("bias-correct"),
     || PassDef::of::<rtn::Rtn>("rtn"),
     || PassDef::of::<awq::Awq>("awq"),
     || PassDef::of::<gptq::Gptq>("gptq"),
     || PassDef::of::<mixed::Mixed>(mixed::NAME),
+    || PassDef::of::<llm_int8::LlmInt8>("llm-int8"),
     || PassDef::of::<calibrate::Calibrate>("calibrate"),
     || PassDef::of::<insert_fake_quant::InsertFakeQuant>("insert-fake-quant"),
     || PassDef::of::<f16_weights::F16Weights>(f16_weights::NAME),

@@ -42,6 +42,9 @@ pub struct WeightReport {
     pub rows: Option<u64>,
     /// The errors after each step of the method, in order; the last are those above.
     pub steps: Vec<StepErrors>,
+    /// The constant that holds it now, where another pass may take that for a weight.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<String>,
     /// What else is to be known of it: where its scale went, that it was clipped.
     pub notes: Vec<String>,
 }
@@ -136,6 +139,23 @@ impl Report {
     pub fn leave(&mut self, node: Symbol, op: OpName, why: String) {
         self.left.retain(|l| l.node != node || l.op != op.as_str());
         self.left.push(Left { node, op: op.to_string(), why });
+    }
+
+    /// Counts a weight once: what a pass made of a constant that another had made of a weight, it made of that weight.
+    pub fn merge(&mut self) {
+        let mut i = 0;
+        while i < self.weights.len() {
+            let (before, after) = self.weights.split_at_mut(i + 1);
+            let w = &before[i];
+            let made_of_it = |l: &&mut WeightReport| l.node == w.node && w.stored.as_ref() == Some(&l.weight);
+            let Some(later) = after.iter_mut().find(made_of_it) else {
+                i += 1;
+                continue;
+            };
+            later.bytes_before = w.bytes_before;
+            later.notes.push(format!("{} of {}", w.method, w.weight));
+            self.weights.remove(i);
+        }
     }
 
     /// Adds a warning, once.

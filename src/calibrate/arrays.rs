@@ -2,7 +2,7 @@
 //! takes beside its tokens may be left out: it is filled in as for tokens.
 
 use super::{Batch, CalibError};
-use crate::data::lm::{Lm, free_inputs, inputs_of};
+use crate::data::lm::{Lm, RUN_TOKENS, free_inputs, inputs_of};
 use crate::data::npy::{self, Array};
 use crate::data::tokens::{Rows, Take};
 use crate::pipeline::nearest;
@@ -99,9 +99,12 @@ impl Arrays {
             }
             return Ok(batch);
         }
-        let sample: usize =
-            self.inputs.iter().map(|(_, a, _)| a.count() / a.shape.first().map_or(1, |&n| n.max(1))).sum();
-        Ok((RUN_COUNT / sample.max(1)).clamp(1, MAX_ROWS))
+        let of_sample = |a: &Array| a.count() / a.shape.first().map_or(1, |&n| n.max(1));
+        let count: usize = self.inputs.iter().map(|(_, a, _)| of_sample(a)).sum();
+        // An integer is looked up in a table: it is as much to the model as a row of floats, as a token is.
+        let looked_up = self.inputs.iter().filter(|(_, a, _)| a.elem.is_int()).map(|(_, a, _)| of_sample(a));
+        let tokens = looked_up.max().unwrap_or(0);
+        Ok((RUN_COUNT / count.max(1)).min(RUN_TOKENS / tokens.max(1)).clamp(1, MAX_ROWS))
     }
 
     /// Feeds one sample at a time when the model fails on more.

@@ -36,13 +36,17 @@ impl Setup {
     /// A pipeline of passes that quantize, and nothing else.
     pub fn pipeline(&self, text: &str, cx: &Context) -> Result<Pipeline, Error> {
         let pipeline = Pipeline::parse(text, &cx.registry, &self.only, &self.skip)?;
-        match pipeline.steps.iter().find(|s| s.pass.exactness() == Exactness::Exact) {
+        let why = |pass: &dyn Pass| match (pass.exactness(), pass.name()) {
+            (Exactness::Exact, _) => Some("quantizes nothing: only what rounds weights is measured"),
+            (_, "mixed") => Some("chooses for all weights at once: what it chooses from is measured"),
+            _ => None,
+        };
+        match pipeline.steps.iter().find_map(|s| Some((s.pass.name(), why(&*s.pass)?))) {
             None => Ok(pipeline),
-            Some(step) => {
-                let message =
-                    format!("{} quantizes nothing: only what rounds weights is measured", step.pass.name());
-                Err(Error::usage(message, "give passes such as rtn or awq{group=64}; --packer says the form"))
-            }
+            Some((pass, why)) => Err(Error::usage(
+                format!("{pass} {why}"),
+                "give passes such as rtn or awq{group=64}; --packer says the form",
+            )),
         }
     }
 }

@@ -9,6 +9,7 @@ mod inspect;
 mod list;
 mod measuring;
 mod mixed;
+mod outliers;
 mod quantize;
 mod rules;
 mod run;
@@ -41,6 +42,7 @@ use std::process::ExitCode;
         qcc run model.onnx --input x=x.npy -o out.npz\n  \
         qcc diff model.onnx model.q.onnx --input x=x.npy\n  \
         qcc sensitivity model.onnx --calib tokens.npy --pass rtn\n  \
+        qcc outliers model.onnx --calib tokens.npy\n  \
         qcc sweep model.onnx --calib tokens.npy --bits 3,4,8 --group 32,128\n  \
         qcc convert model.onnx -o model.qir\n  \
         qcc rules --check my.qrw\n  \
@@ -83,6 +85,8 @@ enum Command {
     Diff(diff::Args),
     /// What each weight costs when it is quantized, and what to do about it
     Sensitivity(sensitivity::Args),
+    /// What stands out in weights and activations, and what to do about it
+    Outliers(outliers::Args),
     /// Bytes, errors and distance of a model quantized in many ways
     Sweep(sweep::Args),
     /// Write a model in another format, as one file or two, or against a newer operator set
@@ -133,6 +137,7 @@ fn run(cli: Cli, registry: Registry) -> Result<(), Error> {
         Some(Command::Run(args)) => run::run(&args, &cx),
         Some(Command::Diff(args)) => diff::run(&args, &cx),
         Some(Command::Sensitivity(args)) => sensitivity::run(&args, &cx),
+        Some(Command::Outliers(args)) => outliers::run(&args, &cx),
         Some(Command::Sweep(args)) => sweep::run(&args, &cx),
         Some(Command::Convert(args)) => convert::run(&args, &cx),
         Some(Command::Rules(args)) => rules::run(&args, &cx),

@@ -7,16 +7,18 @@
 //! the mean of `q - (w - shrunk) / s`, with the scale of the whole range. `beta` grows by `KAPPA` a turn.
 //!
 //! The method's zero point is a real number, and the runtime's a code. So it is rounded, and then the other parameter
-//! takes its turns in the same way: the scale, by least squares, from the rounded zero point and from that of round to
-//! nearest. A symmetric grid, whose zero point is fixed, has the scale's turns only, with either sign. The grid of least
-//! cost stays, round to nearest's among them, so that no group costs more than that.
+//! takes its turns in the same way: the scale, by least squares, from the rounded zero point, from that of round to
+//! nearest, and from the clipped grid. A symmetric grid, whose zero point is fixed, has the scale's turns only, with
+//! either sign. Of all grids on the way that of least *squared* error stays, which is what the model's output feels: the
+//! forgiving norm leads to grids, and does not judge them. So no group loses more than by clipping. Last, grids near that
+//! one are tried: the finer a grid is, the more of its gain lies between the steps that clipping tries.
 //!
 //! Errors are measured in steps of the grid, so that the threshold means the same for weights of any size. p is 3/4
 //! rather than the authors' 0.7: its powers are square roots, which every processor rounds alike.
 
 use super::clip::Grid;
 use super::rtn::{code, reciprocal};
-use super::shrink::Best;
+use super::shrink::{Best, Shrink, least_squares, squares};
 use super::{At, Block, BlockOut, LANES, Quantizer, Range, Spec, Stats, encode};
 use multiversion::multiversion;
 
@@ -24,6 +26,10 @@ use multiversion::multiversion;
 const TURNS: usize = 20;
 const BETA: f32 = 10.0;
 const KAPPA: f32 = 1.01;
+
+/// Scales near the best one, as parts of it, and how often each is refitted.
+const NEAR: [f32; 11] = [0.85, 0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1, 1.15];
+const REFITS: usize = 2;
 
 /// Half-quadratic quantization, ending in integer zero points.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,21 +53,34 @@ impl Hqq {
         let top = spec.max_code() as f32;
         let (scale, zero) = Range::of(x).grid(spec);
         let plain = Grid { scale, zero };
-        let mut best = Best { cost: turn(x, &plain, top, BETA).cost, grid: plain };
+        let clipped = Shrink::grid(spec, x);
+        let mut best = Best { cost: squares(x, &clipped, top), grid: clipped };
         let other = match spec.symmetric {
             true if spec.narrow => plain,
             true => Grid { scale: scale.map(|s| -s), zero },
             false => Grid { scale, zero: zero_points(x, &plain, top) },
         };
-        for mut grid in [plain, other] {
+        for mut grid in [clipped, plain, other] {
             let mut beta = BETA;
             for _ in 0..TURNS {
-                let turn = turn(x, &grid, top, beta);
-                best.take(&grid, &turn.cost);
-                grid.refit(spec, &turn.scale);
+                grid.refit(spec, &turn(x, &grid, top, beta).scale);
+                best.take(&grid, &squares(x, &grid, top));
                 beta *= KAPPA;
             }
-            best.take(&grid, &turn(x, &grid, top, beta).cost);
+        }
+        let found = best.grid;
+        let shifts: &[f32] = if spec.symmetric { &[0.0] } else { &[0.0, -1.0, 1.0] };
+        for shift in shifts {
+            for near in NEAR {
+                let mut grid =
+                    Grid { scale: found.scale, zero: found.zero.map(|z| (z + shift).clamp(0.0, top)) };
+                grid.refit(spec, &found.scale.map(|s| s * near));
+                best.take(&grid, &squares(x, &grid, top));
+                for _ in 0..REFITS {
+                    grid.refit(spec, &least_squares(x, &grid, top));
+                    best.take(&grid, &squares(x, &grid, top));
+                }
+            }
         }
         best.grid
     }
@@ -84,8 +103,6 @@ fn zero_points(x: &Block, start: &Grid, top: f32) -> [f32; LANES] {
 /// What one turn finds on a grid.
 #[derive(Clone, Copy, Default)]
 struct Turn {
-    /// `sum |w - (q - z) s|^(3/4)`.
-    cost: [f32; LANES],
     /// The scale that is next, with this zero point.
     scale: [f32; LANES],
     /// The zero point that is next, with this scale.
@@ -105,9 +122,7 @@ fn turn(x: &Block, grid: &Grid, top: f32, beta: f32) -> Turn {
             let c = q - grid.zero[l];
             // The error in steps: its size is `root^4`.
             let e = (row[l] - c * grid.scale[l]) * r[l];
-            let half = e.abs().sqrt();
-            let root = half.sqrt();
-            turn.cost[l] += half * root;
+            let root = e.abs().sqrt().sqrt();
             // |e| - |e|^(p - 1) / beta; no error at all gives minus infinity.
             let d = e.abs() - per / root;
             let d = if d > 0.0 { d } else { 0.0 };
@@ -119,8 +134,6 @@ fn turn(x: &Block, grid: &Grid, top: f32, beta: f32) -> Turn {
     }
     let count = x.len() as f32;
     for l in 0..LANES {
-        let half = grid.scale[l].abs().sqrt();
-        turn.cost[l] *= half * half.sqrt();
         turn.scale[l] = grid.scale[l] * (up[l] / down[l]);
         turn.zero[l] /= count;
     }

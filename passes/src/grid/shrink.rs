@@ -100,7 +100,7 @@ fn search(spec: &Spec, x: &Block, top: f32) -> Best {
 
 /// The squared error of the nearest codes.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn squares(x: &Block, grid: &Grid, top: f32) -> [f32; LANES] {
+pub(super) fn squares(x: &Block, grid: &Grid, top: f32) -> [f32; LANES] {
     let r = grid.scale.map(reciprocal);
     let mut sum = [0.0; LANES];
     for row in x {
@@ -114,7 +114,7 @@ fn squares(x: &Block, grid: &Grid, top: f32) -> [f32; LANES] {
 
 /// The scale of least squared error under the nearest codes: `c x / c c` with `c = code - zero`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn least_squares(x: &Block, grid: &Grid, top: f32) -> [f32; LANES] {
+pub(super) fn least_squares(x: &Block, grid: &Grid, top: f32) -> [f32; LANES] {
     let r = grid.scale.map(reciprocal);
     let (mut up, mut down) = ([0.0f32; LANES], [0.0f32; LANES]);
     for row in x {
