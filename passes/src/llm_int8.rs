@@ -134,7 +134,7 @@ impl LlmInt8 {
                         split = Some(Split::new(m, group.x, l.op, &outliers)?);
                     }
                     let split = split.as_ref().expect("it was made just now");
-                    weight.multiply(m, l.op, split)?;
+                    weight.multiply(m, cx, l.op, split)?;
                 }
             }
         }
@@ -321,7 +321,7 @@ impl Weight {
     }
 
     /// Puts the products in the place of `op`.
-    fn multiply(&self, m: &mut Module, op: Op, x: &Split) -> Result<(), PassError> {
+    fn multiply(&self, m: &mut Module, cx: &mut PassCx, op: Op, x: &Split) -> Result<(), PassError> {
         let gemm = Gemm::new(m, NAME, op, self.n)?;
         let loc: Symbol = gemm.data.loc.clone();
         let product = m.ty(x.codes).dims().map(|d| {
@@ -347,6 +347,9 @@ impl Weight {
             (Some(columns), Some(rows)) => {
                 let scaled = push(build("onnx.Mul", &[by_row, self.scales]), Elem::F32);
                 let float = push(build("onnx.MatMul", &[columns, rows]), Elem::F32);
+                if let Some((product, _)) = m.def_op(float) {
+                    cx.left(m, product, "outlier channels stay in floating point");
+                }
                 build("onnx.Add", &[scaled, float])
             }
             (None, None) => build("onnx.Mul", &[by_row, self.scales]),
