@@ -252,15 +252,17 @@ impl Read {
 
     /// What to do about `n` outlier channels.
     fn advice(&self, m: &Module, cx: &PassCx, n: usize) -> String {
-        let what =
-            if n == 1 { "1 channel stands out".to_string() } else { format!("{n} channels stand out") };
+        let (what, them) = match n {
+            1 => ("1 channel stands out".to_string(), "it"),
+            _ => (format!("{n} channels stand out"), "them"),
+        };
         let place = eqsat::place_along(m, cx.ops, self.value, self.along, &self.readers);
         let linear = self.along == Channels::Last;
         match place.why_not {
-            None if linear => format!("{what}: smooth-migrate moves them into {}", place.sites.join(", ")),
-            None => format!("{what}: equalize moves them into {}", place.sites.join(", ")),
+            None if linear => format!("{what}: smooth-migrate moves {them} into {}", place.sites.join(", ")),
+            None => format!("{what}: equalize moves {them} into {}", place.sites.join(", ")),
             Some(why) if linear => {
-                format!("{what}, and cannot be moved ({why}): llm-int8 keeps them in floating point")
+                format!("{what}, and cannot be moved ({why}): llm-int8 keeps {them} in floating point")
             }
             Some(why) => format!("{what}, and cannot be moved ({why}): keep the layer float, with skip=[..]"),
         }

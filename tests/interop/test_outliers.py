@@ -174,7 +174,7 @@ class Outliers(unittest.TestCase):
         self.assertEqual([c["channel"] for c in a["outliers"]], [5])
         self.assertAlmostEqual(a["max"], float(most.max()), delta=1e-3)
         self.assertAlmostEqual(a["mean"], np.abs(x.astype(np.float64)).mean(), delta=1e-6)
-        self.assertIn("smooth-migrate moves them into c", a["alerts"][0])
+        self.assertIn("smooth-migrate moves it into c", a["alerts"][0])
 
     def test_what_is_not_finite_is_refused(self):
         x = np.ones((64, 8), np.float32)
