@@ -8,7 +8,14 @@ use crate::eqsat::graph::{Graph, Id};
 use crate::eqsat::lang::Node;
 
 /// Rules that move a scale.
-pub const PUSHES: &[Push] = &[Push { name: "scale-attention", through: &["Attention"], push: attention }];
+pub const PUSHES: &[Push] = &[
+    Push { name: "scale-attention", through: &["Attention"], push: attention },
+    Push {
+        name: "scale-multi-head-attention",
+        through: &["com.microsoft.MultiHeadAttention"],
+        push: multi_head_attention,
+    },
+];
 
 /// `attention(q, k, v) * s = attention(q, k, v * s)`.
 fn attention(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
@@ -52,5 +59,19 @@ fn attention(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
         _ => s,
     };
     let v = g.scaled(v, s)?;
+    Some(g.with_child(f, 2, v))
+}
+
+/// The same for the op of ONNX Runtime, where every channel of V is one of the result's.
+fn multi_head_attention(g: &mut Graph, p: &Scaled, f: &Node) -> Option<Id> {
+    let given = |i: usize| f.children.get(i).copied().filter(|&c| !g.is_absent(c));
+    let v = given(2)?;
+    // A bias is added to V before, and with a cache, or another result wanted, V is shown as it is.
+    let seen = [3, 6, 7].into_iter().any(|i| given(i).is_some());
+    if g.wanted(f) != 1 || seen || g.dims(v)?.len() != 3 {
+        return None;
+    }
+    let [1, 1, _] = g.padded_shape(p.s, 3)?[..] else { return None };
+    let v = g.scaled(v, p.s)?;
     Some(g.with_child(f, 2, v))
 }

@@ -220,7 +220,7 @@ pub fn scale_operands(op: &str, operands: usize) -> Vec<usize> {
         "Where" => vec![1, 2],
         "MatMul" => vec![0, 1],
         "Gemm" => vec![2],
-        "Attention" => vec![2],
+        "Attention" | "com.microsoft.MultiHeadAttention" => vec![2],
         "PRelu" | "AveragePool" | "GlobalAveragePool" | "MaxPool" | "GlobalMaxPool" => vec![0],
         "Neg" | "Relu" | "LeakyRelu" | "Abs" | "Identity" | "Cast" | "Reshape" | "Squeeze" | "Unsqueeze"
         | "Flatten" | "Transpose" | "Expand" | "Slice" | "Split" => vec![0],
