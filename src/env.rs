@@ -40,6 +40,8 @@ pub struct DriverEnv {
     pub baseline: Option<Baseline>,
     /// Statistics of activations that a pass left for those after it.
     pub statistics: Mutex<Option<Statistics>>,
+    /// Statistics that the user gave in place of a run over calibration data.
+    pub given_statistics: Option<Statistics>,
     /// Weights as they were before they were quantized, for `--check`; `None` keeps none.
     pub originals: Option<Mutex<Vec<(Value, Tensor)>>>,
 }
@@ -67,6 +69,7 @@ impl DriverEnv {
             output: None,
             baseline: None,
             statistics: Mutex::default(),
+            given_statistics: None,
             originals: None,
         }
     }
@@ -115,6 +118,10 @@ impl Env for DriverEnv {
 
     fn statistics(&self) -> Option<&Mutex<Option<Statistics>>> {
         Some(&self.statistics)
+    }
+
+    fn given_statistics(&self) -> Option<&Statistics> {
+        self.given_statistics.as_ref()
     }
 
     fn file_bytes(&self, m: &Module) -> Result<u64, PassError> {

@@ -38,9 +38,15 @@ pub const PRESETS: &[(&str, &str, &str)] = &[
     ("int4-rtn", "rtn,pack-int4", "4-bit weights, rounded to nearest; needs no data"),
     ("int8-rtn", "rtn{bits=8},pack-int4", "8-bit weights, rounded to nearest; needs no data"),
     (
-        "int8-static",
-        "rtn{bits=8, group=-1, symmetric=true, narrow=true},calibrate{method=percentile},insert-fake-quant,pack-qdq",
+        "static-int8",
+        "rtn{bits=8, group=-1, symmetric=true, narrow=true},reduce-range,calibrate{method=mse},insert-fake-quant,pack-qdq",
         "8-bit weights and activations, as ONNX Runtime and TensorRT fuse them; needs calibration data",
+    ),
+    (
+        "dynamic-int8",
+        "rtn{bits=8, group=-1, symmetric=true, narrow=true, skip=[Conv, ConvTranspose, DeformConv, LSTM, GRU, RNN]},reduce-range,\
+         insert-fake-quant{dynamic=true},pack-operators",
+        "8-bit weights, and activations in 8 bits whose range is found as the model runs; needs no data",
     ),
     ("int4-awq-qdq", "awq,pack-qdq", "like int4-awq, in standard ONNX ops (DequantizeLinear, opset 21)"),
 ];

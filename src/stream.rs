@@ -182,6 +182,7 @@ mod tests {
             baseline: None,
             store: None,
             statistics: Default::default(),
+            given_statistics: None,
             originals: None,
         };
         (m, env)

@@ -323,6 +323,11 @@ impl Tensor {
         Tensor::with_elem(c.elem, &c.shape(), data)
     }
 
+    /// The elements of a float constant as f32.
+    pub fn floats(c: &ConstData) -> Result<Vec<f32>, TensorError> {
+        Tensor::from_const(c)?.to_f32().map(Cow::into_owned)
+    }
+
     /// A constant with these elements, packed as [`Elem`] says.
     pub fn to_const(&self) -> ConstData {
         let bytes = Bytes::from(encode(self.elem, &self.data));

@@ -1,17 +1,20 @@
 //! `calibrate`: runs the calibration data once, and keeps a histogram of every activation that could be held in 8 bits.
-//! No activation is kept. `insert-fake-quant` reads the ranges from the histograms.
+//! No activation is kept. `insert-fake-quant` reads the ranges from the histograms. Statistics that were saved before are
+//! taken in place of a run, if they are those of the same model at the same place of a pipeline.
 
 use crate::islands::places;
 use crate::linear::{Form, Linear, Weighted, find};
 use crate::qtensor::{Placed, QTensor, container};
 use crate::ranges::{Histogram, Method, Statistics};
+use crate::store::content;
 use crate::{Changed, Exactness, Pass, PassCx, PassError};
 use dialects::exec::ExecError;
 use dialects::ir::{Module, Op, Value, infer};
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-const NAME: &str = "calibrate";
+/// The name of the pass, whose statistics the command line saves and gives.
+pub const NAME: &str = "calibrate";
 
 /// The options.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -61,30 +64,69 @@ impl Pass for Calibrate {
                 false => Err(PassError::Nothing { pass: NAME, why }),
             };
         }
-        let mut found: HashMap<Value, Histogram> =
-            wanted.iter().map(|&v| (v, Histogram::default())).collect();
-        cx.env.calibrate(m, &wanted, &mut |v, item| {
-            let refuse = |e: &dyn std::fmt::Display| ExecError::Sink(format!("{:?}: {e}", m.value_label(v)));
-            let t = item.tensor().map_err(|e| refuse(&e))?;
-            let x = t.to_f32().map_err(|e| refuse(&e))?;
-            found.get_mut(&v).ok_or_else(|| refuse(&"was not asked for"))?.add(&x);
-            Ok(())
-        })?;
-        for v in &wanted {
-            let n = found[v].not_finite();
-            if n > 0 {
-                let why = format!("{n} of its values are NaN or infinite on the calibration data");
-                return Err(PassError::At { pass: NAME, what: m.value_label(*v), why });
+        let model = blake3::Hash::from(content(m)).to_hex().to_string();
+        let tensors = match cx.env.given_statistics() {
+            Some(given) => {
+                cx.report.note("ranges of activations are those of statistics that were given");
+                given_for(m, &wanted, given, &model)?
+            }
+            None => gathered(m, cx, &wanted)?,
+        };
+        for (name, h) in &tensors {
+            if h.not_finite() > 0 {
+                let why =
+                    format!("{} of its values are NaN or infinite on the calibration data", h.not_finite());
+                return Err(PassError::At { pass: NAME, what: name.clone(), why });
             }
         }
         cx.count("calibrated activations", wanted.len() as u64);
-        let tensors = found.into_iter().map(|(v, h)| (m.value_label(v), h)).collect();
         let kept =
             cx.env.statistics().ok_or_else(|| PassError::Env("statistics cannot be kept here".into()))?;
         *kept.lock().unwrap_or_else(|e| e.into_inner()) =
-            Some(Statistics { method: self.method, percentile: self.percentile, tensors });
+            Some(Statistics { model, method: self.method, percentile: self.percentile, tensors });
         Ok(Changed::No)
     }
+}
+
+/// Histograms of `wanted`, by name, over the calibration data.
+fn gathered(m: &Module, cx: &PassCx, wanted: &[Value]) -> Result<BTreeMap<String, Histogram>, PassError> {
+    let mut found: HashMap<Value, Histogram> = wanted.iter().map(|&v| (v, Histogram::default())).collect();
+    cx.env.calibrate(m, wanted, &mut |v, item| {
+        let refuse = |e: &dyn std::fmt::Display| ExecError::Sink(format!("{:?}: {e}", m.value_label(v)));
+        let t = item.tensor().map_err(|e| refuse(&e))?;
+        let x = t.to_f32().map_err(|e| refuse(&e))?;
+        found.get_mut(&v).ok_or_else(|| refuse(&"was not asked for"))?.add(&x);
+        Ok(())
+    })?;
+    Ok(found.into_iter().map(|(v, h)| (m.value_label(v), h)).collect())
+}
+
+/// Histograms of `wanted` from statistics that were saved.
+fn given_for(
+    m: &Module,
+    wanted: &[Value],
+    given: &Statistics,
+    model: &str,
+) -> Result<BTreeMap<String, Histogram>, PassError> {
+    if given.model != model {
+        let why = format!(
+            "they are of another model: expected blake3 {model}, found {}; the hash is that of the model as calibrate \
+             sees it, behind the passes before it",
+            given.model
+        );
+        return Err(PassError::At { pass: NAME, what: "statistics".into(), why });
+    }
+    let one = |&v: &Value| {
+        let name = m.value_label(v);
+        let missing = || PassError::At {
+            pass: NAME,
+            what: name.clone(),
+            why: "the statistics that were given do not have it".into(),
+        };
+        let h = given.tensors.get(&name).ok_or_else(missing)?.clone();
+        Ok((name, h))
+    };
+    wanted.iter().map(one).collect()
 }
 
 /// Products with weights, whether these are quantized already or not.

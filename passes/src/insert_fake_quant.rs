@@ -2,23 +2,27 @@
 //! products, convolutions, sums and pools of integers.
 //!
 //! It works on products whose weights have 8 bits and one scale for each output (`rtn{bits=8, group=-1, symmetric=true, narrow=true}`),
-//! with the ranges that `calibrate` found. Biases of convolutions and Gemms become 32-bit integers, whose scale is the product of
-//! the activation's and the weight's.
+//! with the ranges that `calibrate` found, or (`dynamic`) with those that DynamicQuantizeLinear finds as the model runs.
+//! Biases of convolutions and Gemms become 32-bit integers, whose scale is the product of the activation's and the weight's.
 
 use crate::calibrate::{quantized, weight};
 use crate::islands::{Place, places};
+use crate::operators::{MOVED, operator};
 use crate::qtensor::{QTensor, constant, read};
 use crate::ranges::{Form, Range, Statistics, range};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
-use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Type, Value, infer};
+use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Symbol, Type, Value, infer};
 use dialects::tensor::Tensor;
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 const NAME: &str = "insert-fake-quant";
 
 const SATURATES: &str = "x86 CPUs without VNNI add pairs of products of u8 and i8 in 16 bits, which 8-bit weights can \
-     overflow: for these quantize weights with rtn{bits=7}";
+     overflow: for these quantize weights with rtn{bits=7}, or put reduce-range behind rtn";
+
+/// The profile of TensorRT.
+const TENSORRT: &str = "tensorrt";
 
 /// The integers that activations become.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +33,67 @@ pub enum Integer {
     Uint8,
     /// Signed.
     Int8,
+    /// Unsigned, in 16 bits: what accelerators take where 8 bits are too few. ONNX Runtime computes in floats with them.
+    Uint16,
+    /// Signed, in 16 bits.
+    Int16,
+    /// Unsigned, in 4 bits.
+    Uint4,
+    /// Signed, in 4 bits.
+    Int4,
+}
+
+impl Integer {
+    fn elem(self) -> Elem {
+        match self {
+            Integer::Uint8 => Elem::U8,
+            Integer::Int8 => Elem::I8,
+            Integer::Uint16 => Elem::U16,
+            Integer::Int16 => Elem::I16,
+            Integer::Uint4 => Elem::U4,
+            Integer::Int4 => Elem::I4,
+        }
+    }
+
+    fn signed(self) -> bool {
+        matches!(self, Integer::Int8 | Integer::Int16 | Integer::Int4)
+    }
+
+    /// How many codes there are.
+    fn levels(self) -> u32 {
+        1 << self.elem().bits()
+    }
+
+    /// The code, counted from the least one, as a constant.
+    fn code(self, code: u32) -> ConstData {
+        let code = if self.signed() { code.wrapping_sub(self.levels() / 2) } else { code };
+        let bytes = &code.to_le_bytes()[..self.elem().bits().div_ceil(8)];
+        let mask = if self.elem().bits() < 8 { 0x0f } else { 0xff };
+        constant(self.elem(), Vec::new(), bytes.iter().map(|b| b & mask).collect::<Vec<u8>>())
+    }
+}
+
+/// Which values of an activation share a scale.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Per {
+    /// All of them.
+    #[default]
+    Tensor,
+    /// Those of a channel. Refused: see [`InsertFakeQuant::check`].
+    Channel,
+    /// Those of a group of channels. Refused.
+    Group,
+}
+
+/// Products that are to stay more exact.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Keep {
+    /// The first one of the graph.
+    First,
+    /// The last one.
+    Last,
 }
 
 /// The options.
@@ -39,6 +104,12 @@ pub struct InsertFakeQuant {
     pub activations: Integer,
     /// Ranges reach as far below zero as above, and zero has the middle code.
     pub symmetric: bool,
+    /// Which values share a scale.
+    pub per: Per,
+    /// Ranges are found as the model runs, for the operands of products; nothing is calibrated.
+    pub dynamic: bool,
+    /// Products whose activation stays float, whatever the filter says.
+    pub keep: Vec<Keep>,
     /// Which products.
     #[serde(flatten)]
     pub filter: Filter,
@@ -66,29 +137,68 @@ impl Pass for InsertFakeQuant {
     }
 
     fn produces(&self) -> OpSet {
-        OpSet::from(["onnx.QuantizeLinear", "onnx.DequantizeLinear"])
+        OpSet::from(["onnx.QuantizeLinear", "onnx.DynamicQuantizeLinear", "onnx.DequantizeLinear"])
     }
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
+        self.check()?;
+        let tensorrt = cx.settings.profile == TENSORRT;
+        match tensorrt {
+            true => self.for_tensorrt(cx)?.insert(m, cx, false),
+            false => self.insert(m, cx, true),
+        }
+    }
+}
+
+impl InsertFakeQuant {
+    /// Refuses what no runtime computes.
+    fn check(&self) -> Result<(), PassError> {
+        let fail = |option, why: &str| Err(PassError::Option { pass: NAME, option, why: why.into() });
+        if self.per != Per::Tensor {
+            // A sum over channels of different scales is no sum of integers.
+            return fail(
+                "per",
+                "expected tensor: a product adds up channels, and integers of different scales cannot be added; \
+                 smooth-migrate and equalize move such scales into the weights",
+            );
+        }
+        if self.dynamic && (self.activations != Integer::Uint8 || self.symmetric) {
+            return fail("dynamic", "DynamicQuantizeLinear gives uint8 with a zero point, and nothing else");
+        }
+        Ok(())
+    }
+
+    /// The same for TensorRT, which takes signed codes whose zero point is zero.
+    fn for_tensorrt(&self, cx: &mut PassCx) -> Result<InsertFakeQuant, PassError> {
+        let fail = |option, why: &str| Err(PassError::Option { pass: NAME, option, why: why.into() });
+        if self.dynamic {
+            return fail("dynamic", "TensorRT wants ranges that are known beforehand");
+        }
+        if !matches!(self.activations, Integer::Uint8 | Integer::Int8) {
+            return fail("activations", "TensorRT multiplies integers of 8 bits");
+        }
+        cx.report.note("for TensorRT: signed 8-bit activations whose zero point is zero, and float biases");
+        Ok(InsertFakeQuant { activations: Integer::Int8, symmetric: true, ..self.clone() })
+    }
+
+    /// Puts the ops in; biases become integers where that is asked for.
+    fn insert(&self, m: &mut Module, cx: &mut PassCx, biases: bool) -> Result<Changed, PassError> {
         let statistics =
             cx.env.statistics().and_then(|s| s.lock().unwrap_or_else(|e| e.into_inner()).clone());
         let nothing = |why: &str| PassError::Nothing { pass: NAME, why: why.into() };
-        let Some(statistics) = statistics else {
+        if statistics.is_none() && !self.dynamic {
             return Err(nothing(
                 "no ranges of activations are known; calibrate first, as in `calibrate,insert-fake-quant`",
             ));
-        };
-        infer::infer(m, cx.ops);
-        let mut products: HashSet<Op> = HashSet::new();
-        for op in quantized(m) {
-            let data = &m.ops[op];
-            let weight = data.operand(1).map(|v| m.value_label(v)).unwrap_or_default();
-            match self.filter.refuses(&[&data.node, &data.loc, &weight], &data.name) {
-                Some(why) => cx.left(m, op, format!("its activation stays float: {why}")),
-                None => drop(products.insert(op)),
-            }
         }
-        let places = places(m, |op| products.contains(&op));
+        let statistics = statistics.unwrap_or_default();
+        infer::infer(m, cx.ops);
+        let products = self.products(m, cx);
+        let mut places = places(m, |op| products.contains(&op));
+        if self.dynamic {
+            places.iter_mut().for_each(|p| p.readers.retain(|(op, i)| products.contains(op) && *i == 0));
+            places.retain(|p| !p.readers.is_empty());
+        }
         if places.is_empty() {
             if cx.settings.allow_noop {
                 return Ok(Changed::No);
@@ -98,14 +208,24 @@ impl Pass for InsertFakeQuant {
                  `rtn{bits=8, group=-1, symmetric=true, narrow=true},calibrate,insert-fake-quant`",
             ));
         }
+        let needed = match self.activations.elem() {
+            Elem::U8 | Elem::I8 if self.dynamic => 11,
+            Elem::U8 | Elem::I8 => 10,
+            _ => 21,
+        };
+        crate::raise_opset::raise(m, cx, needed, NAME)?;
         let mut scales: HashMap<Value, f32> = HashMap::new();
         for place in &places {
+            if self.dynamic {
+                dynamic(m, place)?;
+                continue;
+            }
             let scale = self.place(m, cx, place, &statistics)?;
             scales.extend(place.readers.iter().filter_map(|&(op, i)| Some((m.ops[op].operand(i)?, scale))));
         }
         let one = |op: Op, name| m.ops[op].attrs.float(name).unwrap_or(1.0) == 1.0;
         let biased = |op: &Op| m.ops[*op].is("onnx.Conv") || one(*op, "alpha") && one(*op, "beta");
-        let mut biased: Vec<Op> = products.iter().copied().filter(biased).collect();
+        let mut biased: Vec<Op> = products.iter().copied().filter(|op| biases && biased(op)).collect();
         biased.sort();
         for op in biased {
             let scale = m.ops[op].operand(0).and_then(|x| scales.get(&x).copied());
@@ -115,46 +235,67 @@ impl Pass for InsertFakeQuant {
         }
         let full =
             |op: &Op| m.ops[*op].operand(1).and_then(|w| weight(m, w)).is_some_and(|(q, _)| q.bits == 8);
-        if self.activations == Integer::Uint8 && products.iter().any(full) {
+        if self.activations == Integer::Uint8 && products.iter().any(full) && !reduced(cx) {
             cx.report.note(SATURATES);
         }
         cx.count("activations in 8 bits", places.len() as u64);
         cx.report.note(format!(
-            "{} activations in 8 bits, {} products of integers",
+            "{} activations in {} bits, {} products of integers",
             places.len(),
+            self.activations.elem().bits(),
             products.len()
         ));
+        if !self.dynamic && biases {
+            fused(m, cx);
+        }
         Ok(Changed::Yes)
     }
-}
 
-impl InsertFakeQuant {
-    fn form(&self) -> Form {
-        Form { symmetric: self.symmetric, levels: if self.symmetric { 255 } else { 256 } }
-    }
-
-    /// The integers' type, and the code that is taken off: signed codes are unsigned ones less 128.
-    fn integer(&self) -> (Elem, i32) {
-        match self.activations {
-            Integer::Uint8 => (Elem::U8, 0),
-            Integer::Int8 => (Elem::I8, 128),
+    /// The products whose activations are to be held in codes; the others are reported.
+    fn products(&self, m: &Module, cx: &mut PassCx) -> HashSet<Op> {
+        let found = quantized(m);
+        let mut kept: HashMap<Op, &str> = HashMap::new();
+        for keep in &self.keep {
+            let (op, why) = match keep {
+                Keep::First => (found.first(), "keep=[first]"),
+                Keep::Last => (found.last(), "keep=[last]"),
+            };
+            kept.extend(op.map(|op| (*op, why)));
         }
+        let mut products = HashSet::new();
+        for op in found {
+            let data = &m.ops[op];
+            let weight = data.operand(1).map(|v| m.value_label(v)).unwrap_or_default();
+            let refused = self.filter.refuses(&[&data.node, &data.loc, &weight], &data.name);
+            match refused.or(kept.get(&op).map(|why| why.to_string())) {
+                Some(why) => cx.left(m, op, format!("its activation stays float: {why}")),
+                None => drop(products.insert(op)),
+            }
+        }
+        products
     }
 
-    /// Scale and zero point of a range, as a code of 0 to 255. A range of nothing but zero has steps of one.
-    fn grid(&self, r: Range) -> (f32, i32) {
+    fn form(&self) -> Form {
+        let levels = self.activations.levels();
+        Form { symmetric: self.symmetric, levels: if self.symmetric { levels - 1 } else { levels } }
+    }
+
+    /// Scale and zero point of a range, as a code counted from the least one. A range of nothing but zero has steps of
+    /// one.
+    fn grid(&self, r: Range) -> (f32, u32) {
+        let levels = self.activations.levels();
+        let (middle, most) = (levels / 2, levels - 1);
         // Ends far apart must not overflow on the way.
-        let step = |span: f32, steps: f32| span / steps;
         let scale = match self.symmetric {
-            true => step(r.max, 127.0),
-            false => step(r.max, 255.0) - step(r.min, 255.0),
+            true => r.max / (middle - 1) as f32,
+            false => r.max / most as f32 - r.min / most as f32,
         };
         if scale.is_nan() || scale < f32::MIN_POSITIVE {
-            return (1.0, if self.symmetric { 128 } else { 0 });
+            return (1.0, if self.symmetric { middle } else { 0 });
         }
         match self.symmetric {
-            true => (scale, 128),
-            false => (scale, ((-r.min / scale).round_ties_even() as i32).clamp(0, 255)),
+            true => (scale, middle),
+            false => (scale, (-r.min / scale).round_ties_even().clamp(0.0, most as f32) as u32),
         }
     }
 
@@ -183,46 +324,112 @@ impl InsertFakeQuant {
             }
             None => return Err(fail("no calibration data reached it, so that it has no range")),
         };
-        let ty = m.ty(place.value).clone();
-        let float = ty.elem().unwrap_or(Elem::F32);
-        let (elem, shift) = self.integer();
-        let region = m.top;
+        let float = m.ty(place.value).elem().unwrap_or(Elem::F32);
+        let codes = codes_type(m, place.value, self.activations.elem());
         let values = Tensor::from_f32(float, &[], vec![scale]).map_err(|e| fail(&e.to_string()))?;
-        let scale_name = m.fresh_name(&format!("{label}.scale"));
+        let (region, scale_name) = (m.top, m.fresh_name(&format!("{label}.scale")));
         let scale_value = m.add_const(region, scale_name, values.to_const());
-        let zero = constant(elem, Vec::new(), vec![(zero - shift) as u8]);
         let zero_name = m.fresh_name(&format!("{label}.zero_point"));
-        let zero_value = m.add_const(region, zero_name, zero);
-        let codes = match ty.as_tensor().and_then(|t| t.dims.clone()) {
-            Some(dims) => Type::tensor(elem, dims),
-            None => Type::unranked(elem),
-        };
-        let (loc, before) = match m.def_op(place.value) {
-            Some((op, _)) => (m.ops[op].loc.clone(), None),
-            None => {
-                let first = m.regions[region].ops[0];
-                (m.ops[first].loc.clone(), Some(first))
-            }
-        };
-        let quantize = OpBuilder::new("onnx.QuantizeLinear", &loc)
-            .operands([place.value, scale_value, zero_value])
-            .named_result(m.fresh_name(&format!("{label}.codes")), codes);
-        let quantize = match (before, m.def_op(place.value)) {
-            (None, Some((op, _))) => m.insert_after(op, quantize),
-            (Some(first), _) => m.insert_before(first, quantize),
-            (None, None) => return Err(fail("this is a bug: it is neither computed nor an input")),
-        };
-        let codes = m.ops[quantize].result(0).expect("the op was built with a result");
-        let dequantize = OpBuilder::new("onnx.DequantizeLinear", &loc)
-            .operands([codes, scale_value, zero_value])
-            .named_result(m.fresh_name(&format!("{label}.dequantized")), ty);
-        let dequantize = m.insert_after(quantize, dequantize);
-        let back = m.ops[dequantize].result(0).expect("the op was built with a result");
-        for &(op, i) in &place.readers {
-            m.ops[op].operands[i] = Some(back);
-        }
+        let zero_value = m.add_const(region, zero_name, self.activations.code(zero));
+        let codes_name = m.fresh_name(&format!("{label}.codes"));
+        let quantize = behind(m, place.value, |loc| {
+            OpBuilder::new("onnx.QuantizeLinear", loc)
+                .operands([place.value, scale_value, zero_value])
+                .named_result(codes_name, codes)
+        });
+        dequantize(m, quantize, place, [scale_value, zero_value]);
         Ok(scale)
     }
+}
+
+/// Whether `reduce-range` ran before.
+fn reduced(cx: &PassCx) -> bool {
+    cx.report.counts.contains_key(crate::reduce_range::COUNTER)
+}
+
+/// The type of the codes of a value.
+fn codes_type(m: &Module, v: Value, elem: Elem) -> Type {
+    match m.ty(v).as_tensor().and_then(|t| t.dims.clone()) {
+        Some(dims) => Type::tensor(elem, dims),
+        None => Type::unranked(elem),
+    }
+}
+
+/// Puts an op right behind where a value of the top graph comes from: the op that computes it, or the graph's inputs.
+fn behind(m: &mut Module, v: Value, build: impl FnOnce(&Symbol) -> OpBuilder) -> Op {
+    match m.def_op(v) {
+        Some((op, _)) => {
+            let loc = m.ops[op].loc.clone();
+            m.insert_after(op, build(&loc))
+        }
+        None => {
+            let first = m.regions[m.top].ops[0];
+            let loc = m.ops[first].loc.clone();
+            m.insert_before(first, build(&loc))
+        }
+    }
+}
+
+/// Has the readers of a place read it through the codes that `quantize` gives.
+fn dequantize(m: &mut Module, quantize: Op, place: &Place, [scale, zero]: [Value; 2]) {
+    let codes = m.ops[quantize].result(0).expect("the op was built with a result");
+    let loc = m.ops[quantize].loc.clone();
+    let name = m.fresh_name(&format!("{}.dequantized", m.value_label(place.value)));
+    let dequantize = OpBuilder::new("onnx.DequantizeLinear", &loc)
+        .operands([codes, scale, zero])
+        .named_result(name, m.ty(place.value).clone());
+    let dequantize = m.insert_after(quantize, dequantize);
+    let back = m.ops[dequantize].result(0).expect("the op was built with a result");
+    for &(op, i) in &place.readers {
+        m.ops[op].operands[i] = Some(back);
+    }
+}
+
+/// Has the readers of a place read it in codes whose range is found as the model runs.
+fn dynamic(m: &mut Module, place: &Place) -> Result<(), PassError> {
+    let label = m.value_label(place.value);
+    let elem = m.ty(place.value).elem();
+    if elem != Some(Elem::F32) {
+        let why = format!("DynamicQuantizeLinear takes f32, found {}", m.ty(place.value));
+        return Err(PassError::At { pass: NAME, what: label, why });
+    }
+    let codes = codes_type(m, place.value, Elem::U8);
+    let [codes_name, scale_name, zero_name] =
+        ["codes", "scale", "zero_point"].map(|part| m.fresh_name(&format!("{label}.{part}")));
+    let quantize = behind(m, place.value, |loc| {
+        OpBuilder::new("onnx.DynamicQuantizeLinear", loc)
+            .operands([place.value])
+            .named_result(codes_name, codes)
+            .named_result(scale_name, Type::of_shape(Elem::F32, &[]))
+            .named_result(zero_name, Type::of_shape(Elem::U8, &[]))
+    });
+    let parts = [1, 2].map(|i| m.ops[quantize].result(i).expect("the op was built with three results"));
+    dequantize(m, quantize, place, parts);
+    Ok(())
+}
+
+/// Says what the runtime will make of the islands, and names the ops that it leaves in floats.
+fn fused(m: &Module, cx: &mut PassCx) {
+    let uses = m.uses();
+    let mut found: BTreeMap<&str, u64> = BTreeMap::new();
+    for &op in &m.regions[m.top].ops {
+        match operator(m, &uses, op) {
+            Some(Ok(name)) => *found.entry(name.rsplit('.').next().unwrap_or(name)).or_default() += 1,
+            Some(Err(why)) => {
+                let data = &m.ops[op];
+                cx.report.note(format!("{NAME}: {} at {:?} stays float: {why}", data.name.op(), data.loc));
+            }
+            None => {}
+        }
+    }
+    let found: Vec<String> = found
+        .iter()
+        .map(|(name, n)| match *name {
+            MOVED => format!("{n} ops that move codes"),
+            name => format!("{n} x {name}"),
+        })
+        .collect();
+    cx.report.note(format!("ONNX Runtime fuses the islands into {}", found.join(", ")));
 }
 
 /// The largest code of a bias: half of what 32 bits hold, so that sums of products have room beside it.
@@ -233,15 +440,12 @@ const MOST: f64 = (1u32 << 30) as f64;
 fn bias(m: &mut Module, cx: &mut PassCx, op: Op, scale: f32) -> Result<(), PassError> {
     let fail = |m: &Module, why: String| PassError::At { pass: NAME, what: m.ops[op].loc.to_string(), why };
     let Some(konst) = m.ops[op].operand(2).and_then(|b| m.const_of(b)) else { return Ok(()) };
-    let float = Tensor::from_const(&m.consts[konst]).and_then(|t| t.to_f32().map(|x| x.into_owned()));
-    let float = float.map_err(|e| fail(m, e.to_string()))?;
+    let float = Tensor::floats(&m.consts[konst]).map_err(|e| fail(m, e.to_string()))?;
     let weight = m.ops[op].operand(1).and_then(|w| weight(m, w));
     let Some((q, placed)) = weight.filter(|(q, _)| q.n == float.len()) else {
         return Err(fail(m, "this is a bug: a bias without quantized weights".into()));
     };
-    let mut weights = Tensor::from_const(&q.scales)
-        .and_then(|t| t.to_f32().map(|x| x.into_owned()))
-        .map_err(|e| fail(m, e.to_string()))?;
+    let mut weights = Tensor::floats(&q.scales).map_err(|e| fail(m, e.to_string()))?;
     let mut widened = Vec::new();
     for (c, (&b, w)) in float.iter().zip(&mut weights).enumerate() {
         let needed = (f64::from(b).abs() / (f64::from(scale) * MOST)) as f32;
@@ -280,7 +484,7 @@ fn bias(m: &mut Module, cx: &mut PassCx, op: Op, scale: f32) -> Result<(), PassE
 
 /// Gives channels of a weight other scales: `scales` are those of all, and each of `channels` comes with the share that its
 /// old scale is of the new one.
-fn widen(
+pub fn widen(
     m: &mut Module,
     q: &QTensor,
     dequantize: Op,

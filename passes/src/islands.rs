@@ -5,6 +5,7 @@
 //! of integers can take in (Relu, Clip). From there the island goes on through sums, pools, views and concatenations
 //! whose operands are all in it.
 
+use crate::operators::{COMPUTES, MOVES, scalar};
 use dialects::ir::{Module, Op, Use, Uses, Value};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,21 +19,6 @@ pub struct Place {
     /// The place whose range it has, where an op between the two only moves values.
     pub like: Option<Value>,
 }
-
-/// Ops whose integers are those that they read, moved.
-const MOVES: &[&str] = &[
-    "onnx.MaxPool",
-    "onnx.Reshape",
-    "onnx.Flatten",
-    "onnx.Transpose",
-    "onnx.Squeeze",
-    "onnx.Unsqueeze",
-    "onnx.Identity",
-];
-
-/// Ops that compute new values from integers.
-const COMPUTES: &[&str] =
-    &["onnx.Add", "onnx.Mul", "onnx.AveragePool", "onnx.GlobalAveragePool", "onnx.Concat"];
 
 /// The places in the top graph of `m`, in program order. `product` says of a MatMul, Gemm or Conv whether its weight is
 /// one that is multiplied in 8 bits. The types in `m` must be inferred.
@@ -117,7 +103,7 @@ impl Islands<'_> {
     fn pass_on(&mut self, op: Op) {
         let data = &self.m.ops[op];
         let moves = MOVES.contains(&data.name.as_str());
-        if !moves && !COMPUTES.contains(&data.name.as_str()) {
+        if !moves && !COMPUTES.iter().any(|(float, _)| *float == data.name.as_str()) || self.fills(op) {
             return;
         }
         let read = if moves { 1 } else { data.operands.len() };
@@ -129,7 +115,35 @@ impl Islands<'_> {
         {
             return;
         }
+        let joins = data.is("onnx.Concat");
         (0..read).for_each(|i| self.read(op, i));
         self.give(op, moves.then(|| self.places[&operands[0]].like.unwrap_or(operands[0])));
+        if joins && let Some(y) = self.m.ops[op].result(0) {
+            self.share(op, &operands, y);
+        }
+    }
+
+    /// Whether an op puts in values other than zero, which a range need not hold.
+    fn fills(&self, op: Op) -> bool {
+        let data = &self.m.ops[op];
+        let zero = |v| scalar(self.m, v) == Some(0.0);
+        let filled =
+            data.operand(2).is_some_and(|v| !zero(v)) || data.attrs.float("value").unwrap_or(0.0) != 0.0;
+        data.is("onnx.Pad") && filled
+    }
+
+    /// Gives the operands of a Concat the range of its result, where nobody else reads them: their codes are moved then,
+    /// and none is computed anew.
+    fn share(&mut self, op: Op, operands: &[Value], y: Value) {
+        if !self.places.contains_key(&y) {
+            return;
+        }
+        for v in operands {
+            let alone =
+                self.uses.of(*v).iter().all(|u| matches!(u, Use::Operand(reader, _) if *reader == op));
+            if let Some(place) = self.places.get_mut(v).filter(|p| alone && p.like.is_none()) {
+                place.like = Some(y);
+            }
+        }
     }
 }

@@ -29,13 +29,16 @@ pub mod linear;
 pub mod linears;
 pub mod llm_int8;
 pub mod mixed;
+pub mod operators;
 pub mod outliers;
 pub mod pack_int4;
+pub mod pack_operators;
 pub mod pack_qdq;
 pub mod qtensor;
 pub mod quantize;
 pub mod raise_opset;
 pub mod ranges;
+pub mod reduce_range;
 pub mod report;
 pub mod rewrite;
 pub mod rotate;
@@ -132,6 +135,11 @@ pub trait Env: Sync {
 
     /// Where a pass leaves statistics of activations for those after it.
     fn statistics(&self) -> Option<&Mutex<Option<ranges::Statistics>>> {
+        None
+    }
+
+    /// Statistics that the user gave, to be taken in place of those of a run over calibration data.
+    fn given_statistics(&self) -> Option<&ranges::Statistics> {
         None
     }
 
@@ -350,11 +358,13 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<gptq::Gptq>("gptq"),
     || PassDef::of::<mixed::Mixed>(mixed::NAME),
     || PassDef::of::<llm_int8::LlmInt8>("llm-int8"),
-    || PassDef::of::<calibrate::Calibrate>("calibrate"),
+    || PassDef::of::<reduce_range::ReduceRange>("reduce-range"),
+    || PassDef::of::<calibrate::Calibrate>(calibrate::NAME),
     || PassDef::of::<insert_fake_quant::InsertFakeQuant>("insert-fake-quant"),
     || PassDef::of::<f16_weights::F16Weights>(f16_weights::NAME),
     || PassDef::of::<pack_int4::PackInt4>("pack-int4"),
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
+    || PassDef::of::<pack_operators::PackOperators>("pack-operators"),
     || PassDef::of::<raise_opset::RaiseOpset>("raise-opset"),
 ];
 

@@ -73,7 +73,7 @@ impl Pass for PackInt4 {
 }
 
 /// Imports the domain of packed ops into the graphs that have some: the model's, and those of functions.
-fn import_domain(m: &mut Module) {
+pub fn import_domain(m: &mut Module) {
     let packed = m.live_ops().into_iter().filter(|&op| m.ops[op].name.dialect() == DOMAIN);
     let roots: HashSet<Region> = packed.map(|op| root(m, m.ops[op].region)).collect();
     if !roots.is_empty() {

@@ -5,6 +5,7 @@
 //! several ops read gets a DequantizeLinear for each. Kernels of Conv and gates of LSTM have one scale for each row.
 
 use crate::gemm::Gemm;
+use crate::operators::pads;
 use crate::qtensor::{Placed, QTensor, constant, container, read};
 use crate::{Changed, Exactness, OpSet, Pass, PassCx, PassError};
 use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Type, Use, Value};
@@ -40,6 +41,9 @@ impl Pass for PackQdq {
     }
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
+        if cx.settings.profile != "tensorrt" {
+            pads(m);
+        }
         let packed = pack_rest(m, cx, NAME)?;
         if packed == 0 {
             // What `mixed` chose may all be float.
@@ -385,7 +389,7 @@ fn flat(codes: &[u8], bits: u32) -> Vec<u8> {
 }
 
 /// `[N, cols]` entries of `size` bytes to `[cols, N]`.
-fn transpose(bytes: &[u8], cols: usize, size: usize) -> Vec<u8> {
+pub fn transpose(bytes: &[u8], cols: usize, size: usize) -> Vec<u8> {
     let rows = bytes.len() / (cols * size).max(1);
     let entries = (0..cols).flat_map(|c| (0..rows).map(move |r| (r * cols + c) * size));
     entries.flat_map(|i| bytes[i..i + size].iter().copied()).collect()

@@ -14,12 +14,30 @@ use std::collections::BTreeMap;
 /// Histograms of activations, by the names of their values, and how ranges are chosen from them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Statistics {
+    /// Which model was run: BLAKE3 of its text and constants, in hexadecimal digits.
+    pub model: String,
     /// How.
     pub method: Method,
     /// For [`Method::Percentile`], in percent.
     pub percentile: f64,
     /// The histograms.
     pub tensors: BTreeMap<String, Histogram>,
+}
+
+impl Statistics {
+    /// The text of a file that keeps them (JSON): for each tensor the bins that hold something.
+    pub fn text(&self) -> Result<String, String> {
+        serde_json::to_string(self).map(|text| text + "\n").map_err(|e| e.to_string())
+    }
+
+    /// Reads such a text. What no values can have is refused: a range that is NaN, infinite or upside down.
+    pub fn parse(text: &str) -> Result<Statistics, String> {
+        let read: Statistics = serde_json::from_str(text).map_err(|e| e.to_string())?;
+        for (name, histogram) in &read.tensors {
+            histogram.check().map_err(|why| format!("{name:?}: {why}"))?;
+        }
+        Ok(read)
+    }
 }
 
 /// How a range is chosen.

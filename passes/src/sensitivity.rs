@@ -211,7 +211,7 @@ fn scaled(m: &mut Module, quantized: Value, weight: ConstData) -> Result<Value, 
     let (elem, shape) = known.ok_or_else(|| fail("this is a bug: a weight of unknown shape".into()))?;
     let mut konst = weight;
     if elem != konst.elem {
-        let values = Tensor::from_const(&konst).and_then(|t| Ok(t.to_f32()?.into_owned()));
+        let values = Tensor::floats(&konst);
         let narrow = values.and_then(|v| Tensor::from_f32(elem, &shape, v));
         konst = narrow.map_err(|e| fail(e.to_string()))?.to_const();
     }

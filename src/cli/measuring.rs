@@ -85,6 +85,7 @@ impl<'a> Measuring<'a> {
             baseline: Some(Baseline::new(m.clone(), args.calibration.measure_samples)),
             store: None,
             statistics: Default::default(),
+            given_statistics: None,
             originals: None,
         };
         let settings = Settings::default();

@@ -14,6 +14,7 @@ mod quantize;
 mod rules;
 mod run;
 mod sensitivity;
+mod statistics;
 mod sweep;
 
 use crate::Registry;

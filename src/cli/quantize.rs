@@ -1,6 +1,6 @@
 //! The default command: read a model, run a pipeline, write the result, report.
 
-use super::{Context, mixed, print, publish};
+use super::{Context, mixed, print, publish, statistics};
 use crate::calibrate::{self, Calibration};
 use crate::driver::{self, After, Options};
 use crate::env::{DriverEnv, Output};
@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::eval::distance::Baseline;
 use crate::files;
 use crate::model::{self, Format, SaveOptions};
-use crate::pipeline::{PRESETS, Pipeline, nearest};
+use crate::pipeline::{PRESETS, Pipeline, Step, nearest};
 use crate::qir;
 use crate::report::{self, Float, Show, Summary, Totals};
 use crate::resume::{Folder, Identity};
@@ -28,6 +28,8 @@ enum Profile {
     OrtCpu,
     /// ONNX Runtime on a CPU, exact activations (accuracy_level 0)
     OrtCpuExact,
+    /// TensorRT: symmetric 8-bit activations in explicit QDQ, whose zero points are zero, and float biases
+    Tensorrt,
 }
 
 /// The element type of scales in the file.
@@ -120,6 +122,8 @@ pub(super) struct Args {
     #[command(flatten)]
     calibration: calibrate::Options,
     #[command(flatten)]
+    statistics: statistics::StatisticsFlags,
+    #[command(flatten)]
     debug: Debug,
 }
 
@@ -181,9 +185,10 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
             "add canonicalize",
         ));
     }
+    let given = args.statistics.read(&pipeline)?;
     let rules = rules::load(&args.rules, cx.registry.ops())?;
     let loaded = model::load(input)?;
-    for output in args.output.iter().chain(args.mixed.outputs()) {
+    for output in args.output.iter().chain(args.mixed.outputs()).chain(&args.statistics.stats_out) {
         files::refuse_overwrite(output, &loaded.files)?;
     }
     let mut m = loaded.module;
@@ -191,10 +196,10 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     if !found.is_empty() && !args.debug.no_verify {
         return Err(Error::Invalid { path: input.to_owned(), found });
     }
-    let mut env = env(args, cx, &pipeline, &m, &rules)?;
+    let mut env = DriverEnv { given_statistics: given, ..env(args, cx, &pipeline, &m, &rules)? };
     let options = options(args, rules);
     // Samples for `--check` alone leave no trace in the output.
-    let fed = env.calibration.as_ref().filter(|_| needs_data(&pipeline));
+    let fed = env.calibration.as_ref().filter(|_| needs_data(args, &pipeline));
     let recipe = std::iter::once(pipeline.normalized()).chain(flags(args)).chain(rule_flags(args));
     let recipe = recipe.collect::<Vec<_>>().join(" ");
     let provenance = match pipeline.steps.is_empty() {
@@ -206,7 +211,8 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
         env.output = Some(Output { path, external_data: args.external_data, meta: provenance.clone() });
     }
     let mut outcome = driver::run(&mut m, &pipeline, &cx.registry, &env, &options)?;
-    let calibration = env.calibration.as_ref().filter(|_| needs_data(&pipeline) || measures(args, &pipeline));
+    let calibration =
+        env.calibration.as_ref().filter(|_| needs_data(args, &pipeline) || measures(args, &pipeline));
     for w in loaded.warnings.iter().chain(calibration.iter().flat_map(|c| &c.warnings)) {
         outcome.report.warn(w.clone());
     }
@@ -232,6 +238,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     if let Some(mix) = &outcome.report.mix {
         args.mixed.write(mix)?;
     }
+    args.statistics.write(env.statistics.lock().unwrap_or_else(|e| e.into_inner()).as_ref())?;
     totals.seconds = started.elapsed().as_secs_f64();
     let summary = Summary {
         input: input.display().to_string(),
@@ -272,8 +279,11 @@ fn preset(name: &str) -> Result<&'static str, Error> {
     ))
 }
 
-fn needs_data(pipeline: &Pipeline) -> bool {
-    pipeline.steps.iter().any(|s| s.pass.needs_calibration())
+/// Whether a pass needs calibration data. With statistics that were saved `calibrate` does not.
+fn needs_data(args: &Args, pipeline: &Pipeline) -> bool {
+    let given = args.statistics.stats_in.is_some();
+    let needs = |s: &Step| s.pass.needs_calibration() && !(given && s.pass.name() == passes::calibrate::NAME);
+    pipeline.steps.iter().any(needs)
 }
 
 fn quantizes(pipeline: &Pipeline) -> bool {
@@ -292,7 +302,7 @@ fn env(
     m: &Module,
     rules: &UserRules,
 ) -> Result<DriverEnv, Error> {
-    let needed = needs_data(pipeline);
+    let needed = needs_data(args, pipeline);
     let mut data = args.calibration.clone();
     if !needed && data.calib.is_none() {
         // A check alone does well with noise.
@@ -327,6 +337,7 @@ fn env(
         output: None,
         baseline: needed.then(|| Baseline::new(m.clone(), data.measure_samples)),
         statistics: Default::default(),
+        given_statistics: None,
         originals: args.debug.check.then(Default::default),
     })
 }
@@ -347,7 +358,7 @@ fn options(args: &Args, rules: UserRules) -> Options {
             allow_mul: args.allow_mul,
             accuracy_level: match args.profile {
                 Profile::OrtCpu => 4,
-                Profile::OrtCpuExact => 0,
+                Profile::OrtCpuExact | Profile::Tensorrt => 0,
             },
             f16_scales: args.scale_type == ScaleType::F16,
             tied_shared: args.tied == Tied::Shared,
@@ -395,15 +406,18 @@ fn strict(float: &[Float]) -> Result<(), Error> {
 fn flags(args: &Args) -> Vec<String> {
     let flags = [
         (args.profile == Profile::OrtCpuExact, "--profile ort-cpu-exact"),
+        (args.profile == Profile::Tensorrt, "--profile tensorrt"),
         (args.scale_type == ScaleType::F16, "--scale-type f16"),
         (args.tied == Tied::Shared, "--tied shared"),
         (args.allow_mul, "--allow-mul"),
         (args.keep_opset, "--keep-opset"),
     ];
-    let named = args.mixed.recipe.as_ref().and_then(|r| r.file_name());
-    let recipe = named.map(|name| format!("--recipe {}", name.to_string_lossy()));
+    let named = [("--recipe", &args.mixed.recipe), ("--stats-in", &args.statistics.stats_in)];
+    let named = named
+        .into_iter()
+        .filter_map(|(flag, path)| Some(format!("{flag} {}", path.as_ref()?.file_name()?.to_string_lossy())));
     let flags = flags.into_iter().filter(|(given, _)| *given).map(|(_, flag)| flag.to_string());
-    flags.chain(recipe).collect()
+    flags.chain(named).collect()
 }
 
 /// The files of rules, by name.

@@ -2,7 +2,9 @@
 
 import collections
 import gzip
+import json
 import pathlib
+import re
 import tempfile
 import unittest
 
@@ -25,14 +27,15 @@ def fused(path, folder):
     return collections.Counter(n.op_type for n in onnx.load(options.optimized_model_filepath).graph.node)
 
 
-def product(folder, x):
+def product(folder, x, w=None):
     """A model of one product, and the file of its inputs."""
-    w = np.random.default_rng(1).standard_normal((x.shape[1], 3)).astype(np.float32)
+    if w is None:
+        w = np.random.default_rng(1).standard_normal((x.shape[1], 3)).astype(np.float32)
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
         "product",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", x.shape[1]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", w.shape[1]])],
         [numpy_helper.from_array(w, "w")],
     )
     model, data = folder / "product.onnx", folder / "x.npz"
@@ -113,12 +116,154 @@ class Int8(unittest.TestCase):
         float_, int8 = (perplexity(logits(path, ids), ids) for path in (model, out))
         self.assertLess(int8, 1.02 * float_)
 
+    def pictures(self):
+        """Noise for resnet20, and the file of it."""
+        x = np.random.default_rng(0).standard_normal((16, 3, 32, 32)).astype(np.float32)
+        np.savez(self.folder / "calib.npz", input=x)
+        return x, self.folder / "calib.npz"
+
+    def test_the_runtime_fuses_what_the_report_says(self):
+        _, calib = self.pictures()
+        out = self.folder / "said.onnx"
+        how = ["--pass", f"{WEIGHTS},calibrate,insert-fake-quant,pack-qdq", "--calib", calib, "-o", out, "--json"]
+        notes = json.loads(qcc(shared("resnet20/resnet20.onnx"), *how))["notes"]
+        (said,) = [n for n in notes if n.startswith("ONNX Runtime fuses the islands into")]
+        found = {name: int(n) for n, name in re.findall(r"(\d+) x (\w+)", said)}
+        ops = fused(out, self.folder)
+        self.assertGreaterEqual(found["QLinearAdd"], 9)
+        self.assertEqual({name: ops[name] for name in found}, found, ops)
+        floats = ("Conv", "Add", "AveragePool", "Gemm", "MatMul")
+        self.assertEqual(sum(n for name, n in ops.items() if name in floats), 0, ops)
+
+    def test_operators_are_what_the_runtime_fuses(self):
+        x, calib = self.pictures()
+        model, both = shared("resnet20/resnet20.onnx"), []
+        for packer in ("pack-qdq", "pack-operators"):
+            out = self.folder / f"{packer}.onnx"
+            passes = f"{WEIGHTS},calibrate,insert-fake-quant,{packer}"
+            qcc(model, "--pass", passes, "--calib", calib, "--calib-samples", 2, "--check", "-o", out)
+            both.append(session(out).run(None, {"input": x})[0])
+        written = collections.Counter(n.op_type for n in onnx.load(out).graph.node)
+        self.assertEqual((written["QLinearConv"], written["QLinearAdd"], written["QGemm"]), (19, 9, 1), written)
+        self.assertEqual(written["Conv"] + written["Gemm"] + written["Add"], 0)
+        # Codes between two values may be rounded either way.
+        off = np.linalg.norm(both[0] - both[1]) / np.linalg.norm(both[0])
+        self.assertLess(off, 1e-2)
+
+    def test_dynamic(self):
+        model = TESTDATA / "tinylm.onnx"
+        out = self.folder / "dynamic.onnx"
+        qcc(model, "--preset", "dynamic-int8", "--quiet", "-o", out)
+        written = collections.Counter(n.op_type for n in onnx.load(out).graph.node)
+        self.assertEqual(written["MatMulInteger"], 29, written)
+        ops = fused(out, self.folder)
+        self.assertEqual(ops["MatMulInteger"], 0, ops)
+        self.assertEqual(ops["DynamicQuantizeMatMul"] + ops["MatMulIntegerToFloat"], 29, ops)
+        ids = np.load(TESTDATA / "eval_ids.npy")[:16]
+        float_, int8 = (perplexity(logits(path, ids), ids) for path in (model, out))
+        self.assertLess(int8, 1.01 * float_)
+
+    def test_a_convolution_in_floats_is_one_of_integers_inside(self):
+        """The last convolution's result is an output: ConvInteger, in either way of finding ranges."""
+        rng = np.random.default_rng(3)
+        x, w = (rng.standard_normal(s).astype(np.float32) for s in ((4, 3, 8, 8), (5, 3, 3, 3)))
+        graph = helper.make_graph(
+            [helper.make_node("Conv", ["x", "w", "b"], ["y"], pads=[1, 1, 1, 1])],
+            "conv",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5, 8, 8])],
+            [numpy_helper.from_array(w, "w"), numpy_helper.from_array(np.arange(5, dtype=np.float32), "b")],
+        )
+        model, data = self.folder / "conv.onnx", self.folder / "x.npz"
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), model)
+        np.savez(data, x=x)
+        exact = session(model).run(None, {"x": x})[0]
+        for passes in ("calibrate,insert-fake-quant", "insert-fake-quant{dynamic=true}"):
+            out = self.folder / "out.onnx"
+            passes = f"{WEIGHTS},{passes},pack-operators"
+            qcc(model, "--pass", passes, "--calib", data, "--calib-samples", 4, "--check", "--quiet", "-o", out)
+            self.assertEqual(sum(n.op_type == "ConvInteger" for n in onnx.load(out).graph.node), 1)
+            found = session(out).run(None, {"x": x})[0]
+            self.assertLess(np.linalg.norm(found - exact) / np.linalg.norm(exact), 0.03, passes)
+
+    def test_nothing_overflows_in_a_reduced_range(self):
+        """All neighbours large: sums of 16 bits that saturate are off by far more than rounding."""
+        rng = np.random.default_rng(5)
+        w = rng.uniform(0.9, 1.0, (64, 8)).astype(np.float32) * np.where(np.arange(8) % 2, 1, -1).astype(np.float32)
+        x = rng.uniform(0.9, 1.0, (16, 64)).astype(np.float32)
+        model, data = product(self.folder, x, w)
+        out = self.folder / "out.onnx"
+        qcc(model, "--preset", "static-int8", "--calib", data, "--calib-samples", 16, "--quiet", "-o", out)
+        m = onnx.load(out)
+        held = {i.name: numpy_helper.to_array(i) for i in m.graph.initializer}
+        (codes,) = [v.astype(np.int64) for v in held.values() if v.dtype == np.int8 and v.ndim == 2]
+        self.assertLessEqual(np.abs(codes[1:] + codes[:-1]).max(), 128)
+        found = session(out).run(None, {"x": x})[0]
+        self.assertLess(np.abs(found - x.astype(np.float64) @ w).max() / np.abs(found).max(), 0.01)
+
+    def test_statistics_are_saved_and_taken(self):
+        model, ids, kept = TESTDATA / "tinylm.onnx", TESTDATA / "calib_ids.npy", self.folder / "stats.json"
+        first, again = self.folder / "first.onnx", self.folder / "again.onnx"
+        passes = f"calibrate{{method=entropy}},{WEIGHTS},insert-fake-quant,pack-qdq"
+        data = ["--calib", ids, "--calib-samples", 4]
+        qcc(model, "--pass", passes, *data, "--stats-out", kept, "--quiet", "-o", first)
+        qcc(model, "--pass", passes, "--stats-in", kept, "--quiet", "-o", again)
+        graphs = [onnx.load(path).graph.SerializeToString() for path in (first, again)]
+        self.assertEqual(*graphs)
+        # Another way of choosing ranges needs no run either.
+        qcc(model, "--pass", passes.replace("entropy", "mse"), "--stats-in", kept, "--quiet", "-o", again)
+        self.assertNotEqual(graphs[0], onnx.load(again).graph.SerializeToString())
+        refused = lambda *how: " ".join(qcc(model, *how, "--quiet", "-o", again, fails=1).replace("│", " ").split())
+        # Quantized weights first: another model.
+        other = f"{WEIGHTS},calibrate,insert-fake-quant,pack-qdq"
+        self.assertIn("they are of another model", refused("--pass", other, "--stats-in", kept))
+        text = kept.read_text()
+        kept.write_text(re.sub(r'"min":-?[0-9.e-]+', '"min":-1e39', text, count=1))
+        self.assertIn("expected a finite range", refused("--pass", passes, "--stats-in", kept))
+        kept.write_text(text[: len(text) // 2])
+        self.assertIn("holds no statistics", refused("--pass", passes, "--stats-in", kept))
+
+    def test_tensorrt(self):
+        x, calib = self.pictures()
+        out = self.folder / "trt.onnx"
+        preset = ["--preset", "static-int8", "--profile", "tensorrt", "--calib", calib]
+        qcc(shared("resnet20/resnet20.onnx"), *preset, "--quiet", "-o", out)
+        m = onnx.load(out)
+        held = {i.name: numpy_helper.to_array(i) for i in m.graph.initializer}
+        nodes = [n for n in m.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        self.assertGreater(len(nodes), 60)
+        for n in nodes:
+            zero = held.get(n.input[2]) if len(n.input) > 2 else held[n.input[0]][:0]
+            self.assertEqual((zero.dtype, np.abs(zero).sum()), (np.int8, 0), n.name)
+        biases = [n.input[2] for n in m.graph.node if n.op_type == "Conv"]
+        self.assertTrue(all(held[b].dtype == np.float32 for b in biases))
+        self.assertEqual(session(out).run(None, {"input": x})[0].shape, (16, 10))
+
+    def test_codes_of_other_widths_raise_the_opset(self):
+        x = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+        model, data = product(self.folder, x)
+        exact = session(model).run(None, {"x": x})[0]
+        for kind, most in (("int16", 0.01), ("uint16", 0.01), ("int4", 0.2), ("uint4", 0.2)):
+            out = self.folder / "out.onnx"
+            passes = f"{WEIGHTS},calibrate,insert-fake-quant{{activations={kind}}},pack-qdq"
+            how = ["--pass", passes, "--calib", data, "--calib-samples", 64]
+            qcc(model, *how, "--check", "--quiet", "-o", out)
+            m = onnx.load(out)
+            self.assertEqual(m.opset_import[0].version, 21)
+            elem = {i.name: i.data_type for i in m.graph.initializer}
+            node = next(n for n in m.graph.node if n.op_type == "QuantizeLinear")
+            self.assertEqual(elem[node.input[2]], TensorProto.DataType.Value(kind.upper()))
+            found = session(out).run(None, {"x": x})[0]
+            self.assertLess(np.linalg.norm(found - exact) / np.linalg.norm(exact), most, kind)
+            said = qcc(model, *how, "--keep-opset", "-o", out, fails=1)
+            self.assertIn("raising it was forbidden", " ".join(said.replace("│", " ").split()))
+
     def test_what_is_not_finite_is_refused(self):
         x = np.ones((64, 8), np.float32)
         x[5, 5] = np.nan
         model, data = product(self.folder, x)
         out = self.folder / "out.onnx"
-        said = qcc(model, "--preset", "int8-static", "--calib", data, "--calib-samples", 64, "-o", out, fails=1)
+        said = qcc(model, "--preset", "static-int8", "--calib", data, "--calib-samples", 64, "-o", out, fails=1)
         self.assertIn("1 of its values are NaN or infinite", " ".join(said.replace("│", " ").split()))
         self.assertFalse(out.exists())
 

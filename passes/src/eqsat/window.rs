@@ -12,9 +12,8 @@ use super::graph::{Graph, Id};
 use super::rules;
 use crate::const_fold;
 use dialects::ir::{ConstId, Module, Op, OpData, Region, Use, Uses, Value};
-use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// At most this many ops. A window that reaches it is reported.
 pub const LARGEST: usize = 200;
@@ -31,8 +30,9 @@ pub struct Scope<'a> {
     region: Region,
     uses: Uses,
     place: HashMap<Op, usize>,
-    shared: Arc<HashSet<ConstId>>,
-    plain: OnceCell<HashSet<Op>>,
+    /// Found when first asked for: only rewriting of whole graphs asks.
+    shared: OnceLock<Arc<HashSet<ConstId>>>,
+    plain: OnceLock<HashSet<Op>>,
 }
 
 /// The ops, what is read of them, and where it was cut.
@@ -59,15 +59,7 @@ impl<'a> Scope<'a> {
     /// The scope of `region`.
     pub fn new(m: &'a Module, region: Region) -> Self {
         let place = m.regions[region].ops.iter().enumerate().map(|(i, &op)| (op, i)).collect();
-        let uses = m.uses();
-        let mut readers: HashMap<ConstId, usize> = HashMap::new();
-        for v in m.live_regions().into_iter().flat_map(|r| &m.regions[r].consts) {
-            if let Some(c) = m.const_of(*v) {
-                *readers.entry(c).or_default() += uses.of(*v).len();
-            }
-        }
-        let shared = Arc::new(readers.into_iter().filter(|r| r.1 > 1).map(|r| r.0).collect());
-        Scope { m, region, uses, place, shared, plain: OnceCell::new() }
+        Scope { m, region, uses: m.uses(), place, shared: OnceLock::new(), plain: OnceLock::new() }
     }
 
     /// Where the definition of a value stands: its op's place plus one, zero for what is there from the start.
@@ -82,12 +74,21 @@ impl<'a> Scope<'a> {
 
     /// The constants that more than one op reads.
     pub fn shared(&self) -> Arc<HashSet<ConstId>> {
-        self.shared.clone()
+        let find = || {
+            let mut readers: HashMap<ConstId, usize> = HashMap::new();
+            for v in self.m.live_regions().into_iter().flat_map(|r| &self.m.regions[r].consts) {
+                if let Some(c) = self.m.const_of(*v) {
+                    *readers.entry(c).or_default() += self.uses.of(*v).len();
+                }
+            }
+            Arc::new(readers.into_iter().filter(|r| r.1 > 1).map(|r| r.0).collect())
+        };
+        self.shared.get_or_init(find).clone()
     }
 
     /// Whether more than one op reads a constant.
     pub fn is_shared(&self, c: ConstId) -> bool {
-        self.shared.contains(&c)
+        self.shared().contains(&c)
     }
 
     /// Whether a value is an output of the graph.

@@ -22,6 +22,7 @@ pub struct Histogram {
     /// Bins reach from `-2^exponent` to `2^exponent`.
     exponent: i32,
     /// From the least to the greatest; empty while all values are zero.
+    #[serde(with = "filled")]
     counts: Vec<u64>,
     /// Values that are zero; these are in no bin.
     zeros: u64,
@@ -72,7 +73,45 @@ impl Look {
     }
 }
 
+/// Counts as they are saved: the bins that hold something, each with its place.
+mod filled {
+    use super::HALF;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(counts: &[u64], s: S) -> Result<S::Ok, S::Error> {
+        s.collect_seq(counts.iter().enumerate().filter(|(_, n)| **n > 0))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u64>, D::Error> {
+        let bins = Vec::<(usize, u64)>::deserialize(d)?;
+        let mut counts = vec![0; if bins.is_empty() { 0 } else { 2 * HALF }];
+        for (i, n) in bins {
+            let wrong = || D::Error::custom(format!("a bin at {i}, where there are {}", 2 * HALF));
+            *counts.get_mut(i).ok_or_else(wrong)? = n;
+        }
+        Ok(counts)
+    }
+}
+
 impl Histogram {
+    /// Why this is no histogram of any values, where it was read from a file that says so.
+    pub fn check(&self) -> Result<(), String> {
+        let count = self.counts.iter().try_fold(self.zeros, |n, &c| n.checked_add(c));
+        let count = count.ok_or("more values than can be counted")?;
+        let Some(e) = self.ends else {
+            return if count == 0 { Ok(()) } else { Err(format!("{count} values without a range")) };
+        };
+        let ends = [f64::from(e.min), f64::from(e.max), e.moving.0, e.moving.1];
+        if ends.iter().any(|x| !x.is_finite()) || e.min > e.max || e.moving.0 > e.moving.1 {
+            return Err(format!("expected a finite range, found {} to {}", e.min, e.max));
+        }
+        if count == 0 || !(LEAST..=128).contains(&self.exponent) && !self.counts.is_empty() {
+            return Err(format!("{count} values in bins up to 2^{}", self.exponent));
+        }
+        Ok(())
+    }
+
     /// Counts the values of one batch.
     pub fn add(&mut self, x: &[f32]) {
         let look = x.par_chunks(CHUNK).map(Look::of).reduce(|| Look::NOTHING, Look::and);
@@ -120,8 +159,11 @@ impl Histogram {
                 // Zeros and what is not finite go to a bin of their own, which is not looked at.
                 let mut counts = vec![0u32; 2 * HALF + 1];
                 for &x in x {
-                    let bin = (x * per_width).floor() + HALF as f32;
-                    let bin = (bin.max(0.0) as usize).min(2 * HALF - 1);
+                    // Rounded down; `floor` is a call where the processor is not known to have it.
+                    let place = x * per_width;
+                    let whole = place as i32;
+                    let bin = whole - i32::from(place < whole as f32) + HALF as i32;
+                    let bin = bin.clamp(0, 2 * HALF as i32 - 1) as usize;
                     counts[if x == 0.0 || !x.is_finite() { 2 * HALF } else { bin }] += 1;
                 }
                 counts

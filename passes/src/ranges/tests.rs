@@ -88,3 +88,28 @@ fn moving_averages() {
     let r = found(&h, Method::Moving, 0.0, UINT8);
     assert!((r.max - 1.1).abs() < 1e-6 && (r.min + 1.01).abs() < 1e-6, "{r:?}");
 }
+
+/// What is saved reads back as it was; what no values can have is refused.
+#[test]
+fn statistics_are_saved() {
+    let mut x = normal(5000);
+    x.extend([0.0, 1e-30, -70.0]);
+    let tensors = [("x".to_string(), histogram(&x)), ("zero".into(), histogram(&[0.0; 3]))].into();
+    let kept = Statistics { model: "ab".into(), method: Method::Mse, percentile: 99.9, tensors };
+    let text = kept.text().unwrap();
+    assert_eq!(Statistics::parse(&text).unwrap(), kept);
+    let spoiled = [
+        ("\"min\":-70.0", "\"min\":null", "expected f32"),
+        ("\"min\":-70.0", "\"min\":1e39", "finite"),
+        ("\"min\":-70.0", "\"min\":70.0", "finite range, found 70"),
+        ("\"zeros\":3", "\"zeros\":0", "\"zero\": 0 values"),
+        ("\"counts\":[[", "\"counts\":[[4096,1],[", "a bin at 4096"),
+        ("\"exponent\":7", "\"exponent\":2000", "2^2000"),
+        ("\"zeros\":3", "\"zeros\":-1", "invalid value"),
+    ];
+    for (old, new, expected) in spoiled {
+        assert!(text.contains(old), "{old} in {text}");
+        let why = Statistics::parse(&text.replace(old, new)).unwrap_err();
+        assert!(why.contains(expected), "{expected}: {why}");
+    }
+}
