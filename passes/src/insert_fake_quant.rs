@@ -265,7 +265,10 @@ impl InsertFakeQuant {
         let mut products = HashSet::new();
         for op in found {
             let data = &m.ops[op];
-            let weight = data.operand(1).map(|v| m.value_label(v)).unwrap_or_default();
+            let weight = data
+                .operand(1)
+                .map(|v| weight(m, v).map_or_else(|| m.value_label(v), |(_, placed)| placed.label));
+            let weight = weight.unwrap_or_default();
             let refused = self.filter.refuses(&[&data.node, &data.loc, &weight], &data.name);
             match refused.or(kept.get(&op).map(|why| why.to_string())) {
                 Some(why) => cx.left(m, op, format!("its activation stays float: {why}")),

@@ -104,7 +104,8 @@ fn in_rows(m: &Module, q: &QTensor, placed: &Placed) -> bool {
     let integers = |u: &Use, op: Op| m.ops[op].is("onnx.Gemm") && multiplies_codes(m, *u);
     let product = |u: &Use| matches!(u, Use::Operand(op, 1) if fuses(m, *op, placed) && !integers(u, *op));
     let whole = q.group_size == q.k && container(q.bits) == 8;
-    whole && placed.shape == [q.n, q.k] && !m.uses().of(weight).iter().any(product)
+    // In a square weight the shape does not tell which axis is which.
+    whole && placed.shape == [q.n, q.k] && placed.axis == 1 && !m.uses().of(weight).iter().any(product)
 }
 
 /// Writes a weight with one scale for each row, in the shape that its readers reshape it to where that keeps its rows.
