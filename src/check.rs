@@ -14,7 +14,7 @@ use crate::env::DriverEnv;
 use dialects::exec::run_once;
 use dialects::ir::graph::reads;
 use dialects::ir::interp::Interpreter;
-use dialects::ir::{Elem, Module, Op, Value, infer::compatible};
+use dialects::ir::{ConstData, Elem, Module, Op, Value, infer::compatible};
 use dialects::ops::Item;
 use dialects::tensor::{Data, Tensor};
 use passes::{Exactness, Pass};
@@ -111,10 +111,35 @@ fn without_rounding(before: &Module, after: &Module) -> Module {
             m.replace_uses(y, x);
         }
     }
-    for op in old.into_iter().filter(|&op| after.ops[op].is("onnx.Conv") || after.ops[op].is("onnx.Gemm")) {
-        m.ops[op].operands.get_mut(2).into_iter().for_each(|bias| *bias = before.ops[op].operand(2));
+    for op in after
+        .live_ops()
+        .into_iter()
+        .filter(|&op| after.ops[op].is("onnx.Conv") || after.ops[op].is("onnx.Gemm"))
+    {
+        if let Some(float) = after.ops[op].operand(2).and_then(|bias| rounded_from(before, after, bias)) {
+            let float = m.add_const(m.top, "", float);
+            m.ops[op].operands[2] = Some(float);
+        }
     }
     m
+}
+
+/// The constant of `before` that is at most half a step from a bias in 32-bit integers.
+fn rounded_from(before: &Module, after: &Module, bias: Value) -> Option<ConstData> {
+    let (op, _) = after.def_op(bias).filter(|(op, _)| after.ops[*op].is("onnx.DequantizeLinear"))?;
+    let konst = |i: usize| after.ops[op].operand(i).and_then(|v| after.const_of(v)).map(|c| &after.consts[c]);
+    let (codes, scales) = (konst(0).filter(|c| c.elem == Elem::I32)?, Tensor::floats(konst(1)?).ok()?);
+    let codes = Tensor::from_const(codes).ok()?.to_i64().ok()?.into_owned();
+    let near = |float: &[f32]| {
+        let step = |i: usize| f64::from(scales[i % scales.len()]).abs();
+        let error =
+            |i: usize| (codes[i] as f64 * f64::from(scales[i % scales.len()]) - f64::from(float[i])).abs();
+        // The float itself was rounded when it was divided by the step.
+        float.len() == codes.len()
+            && (0..codes.len()).all(|i| error(i) <= 0.5 * step(i) + 1e-6 * f64::from(float[i].abs()))
+    };
+    let floats = before.consts.values().filter(|c| c.elem.is_float() && c.dims.len() == 1);
+    floats.into_iter().find(|c| Tensor::floats(c).is_ok_and(|float| near(&float))).cloned()
 }
 
 /// `m` with float weights in the place of quantized ones.

@@ -11,7 +11,7 @@ use crate::operators::{MOVED, operator};
 use crate::qtensor::{QTensor, constant, read};
 use crate::ranges::{Form, Range, Statistics, range};
 use crate::{Changed, Exactness, Filter, OpSet, Pass, PassCx, PassError};
-use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Symbol, Type, Value, infer};
+use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Symbol, Type, Use, Value, infer};
 use dialects::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -193,7 +193,10 @@ impl InsertFakeQuant {
         }
         let statistics = statistics.unwrap_or_default();
         infer::infer(m, cx.ops);
-        let products = self.products(m, cx);
+        let mut products = self.products(m, cx);
+        if biases && !self.dynamic {
+            take_biases(m, &mut products);
+        }
         let mut places = places(m, |op| products.contains(&op));
         if self.dynamic {
             places.iter_mut().for_each(|p| p.readers.retain(|(op, i)| products.contains(op) && *i == 0));
@@ -437,6 +440,43 @@ fn fused(m: &Module, cx: &mut PassCx) {
 
 /// The largest code of a bias: half of what 32 bits hold, so that sums of products have room beside it.
 const MOST: f64 = (1u32 << 30) as f64;
+
+/// Writes a MatMul of matrices and the Add of a constant bias as one Gemm. The runtime does so in any case, and with a bias
+/// in floats it multiplies in floats.
+fn take_biases(m: &mut Module, products: &mut HashSet<Op>) {
+    let uses = m.uses();
+    let mut found: Vec<(Op, Op, usize)> = Vec::new();
+    for &op in products.iter() {
+        let data = &m.ops[op];
+        let matrix = |v: Option<Value>| v.is_some_and(|v| m.ty(v).dims().is_some_and(|d| d.len() == 2));
+        let plain = data.is("onnx.MatMul") && matrix(data.operand(0)) && matrix(data.operand(1));
+        let n = data.operand(1).and_then(|w| weight(m, w)).map_or(0, |(q, _)| q.n);
+        if let (true, Some([Use::Operand(add, i)])) = (plain, data.result(0).map(|y| uses.of(y)))
+            && m.ops[*add].is("onnx.Add")
+            && let Some(c) = m.ops[*add].operand(1 - i).filter(|c| m.const_of(*c).is_some())
+            && m.ty(c).as_tensor().and_then(|t| t.known_shape()).is_some_and(|s| s == [n])
+        {
+            found.push((op, *add, 1 - i));
+        }
+    }
+    found.sort();
+    for (op, add, bias) in found {
+        let data = m.ops[op].clone();
+        let (y, c) = (m.ops[add].result(0).expect("an Add has a result"), m.ops[add].operand(bias));
+        let operands = [data.operand(0), data.operand(1), c].into_iter().flatten();
+        let gemm = OpBuilder::new("onnx.Gemm", &data.loc).operands(operands).node(data.node.clone());
+        let gemm = m.insert_before(add, gemm.result(m.ty(y).clone()));
+        let sum = m.ops[gemm].result(0).expect("it was given one");
+        m.replace_uses(y, sum);
+        if m.values[sum].name.is_empty() {
+            m.values[sum].name = std::mem::replace(&mut m.values[y].name, "".into());
+        }
+        m.erase(add);
+        m.erase(op);
+        products.remove(&op);
+        products.insert(gemm);
+    }
+}
 
 /// Makes the constant bias of a convolution or a Gemm one of 32-bit integers with the scale of the sums of products. Where a
 /// channel's bias is too large for that, its weights are given a larger scale: they are small beside it.
