@@ -71,7 +71,7 @@ fn product(m: &Module, uses: &Uses, op: Op) -> Option<Result<Product, &'static s
     let (x, weight) = (data.operand(0)?, data.operand(1).filter(|_| data.is("onnx.MatMul"))?);
     let c = &m.consts[m.const_of(weight)?];
     let [k, n] = c.dims[..] else { return Some(Err("its weight is no matrix")) };
-    if !c.elem.is_float() || c.elem.bits() % 8 != 0 || m.const_of(x).is_some() {
+    if !c.elem.is_float() || !c.elem.bits().is_multiple_of(8) || m.const_of(x).is_some() {
         return None;
     }
     if uses.of(weight).len() != 1 {
