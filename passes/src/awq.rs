@@ -123,11 +123,10 @@ impl Awq {
                     }
                 };
                 scaled += u64::from(scale.is_some());
-                if let Some(scale) = scale {
-                    if !self.round {
-                        group.weights.iter().try_for_each(|w| scale::multiply(m, NAME, w, &scale))?;
-                    }
-                    scale::divide(m, cx, NAME, &group, &scale)?;
+                match scale {
+                    Some(s) if self.round => scale::divide(m, cx, NAME, &group, &s)?,
+                    Some(s) => scale::apply(m, cx, NAME, &group, &s)?,
+                    None => {}
                 }
                 if !progress.advance(1) {
                     return Err(PassError::Env("interrupted".into()));

@@ -115,18 +115,16 @@ fn columns(m: &Module, result: Value, n: usize) -> Type {
     }
 }
 
+/// The product that an op is. One that cannot be merged or split is reported.
+fn product_or_left(m: &Module, cx: &mut PassCx, uses: &Uses, op: Op) -> Option<Product> {
+    product(m, uses, op)?.map_err(|why| cx.left(m, op, why)).ok()
+}
+
 fn merge(m: &mut Module, cx: &mut PassCx) -> Result<bool, PassError> {
     let uses = m.uses();
     let mut groups: Vec<Vec<Product>> = Vec::new();
     for op in m.live_ops() {
-        let p = match product(m, &uses, op) {
-            None => continue,
-            Some(Err(why)) => {
-                cx.left(m, op, why);
-                continue;
-            }
-            Some(Ok(p)) => p,
-        };
+        let Some(p) = product_or_left(m, cx, &uses, op) else { continue };
         let same = |g: &&mut Vec<Product>| {
             let first = &g[0];
             let region = m.ops[first.op].region == m.ops[op].region;
@@ -206,14 +204,7 @@ fn split(m: &mut Module, cx: &mut PassCx) -> Result<bool, PassError> {
     let mut changed = false;
     for op in m.live_ops() {
         let uses = m.uses();
-        let p = match product(m, &uses, op) {
-            None => continue,
-            Some(Err(why)) => {
-                cx.left(m, op, why);
-                continue;
-            }
-            Some(Ok(p)) => p,
-        };
+        let Some(p) = product_or_left(m, cx, &uses, op) else { continue };
         let result = m.ops[op].result(0).expect("a product has a result");
         let Some(cut) = only_split(m, &uses, result) else {
             cx.left(m, op, "no Split of its columns alone reads it");

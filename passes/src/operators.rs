@@ -3,7 +3,7 @@
 //! ONNX Runtime reads such a graph, and puts QLinearConv, QLinearAdd and their like in the place of float ops; `pack-operators`
 //! writes them itself. Both ask here which ops can become what.
 
-use crate::qtensor::QTensor;
+use crate::calibrate::weight;
 use dialects::ir::{Elem, Module, Op, OpBuilder, Use, Uses, Value};
 use dialects::tensor::Tensor;
 
@@ -77,9 +77,7 @@ pub fn coded_activation(m: &Module, v: Value) -> Option<Coded> {
 
 /// Whether `v` is a weight in codes: one that is packed as DequantizeLinear, or is still to be.
 pub fn coded_weight(m: &Module, v: Value) -> bool {
-    let reshaped = m.def_op(v).filter(|(op, _)| m.ops[*op].is("onnx.Reshape"));
-    let inner = reshaped.and_then(|(op, _)| m.ops[op].operand(0)).unwrap_or(v);
-    coded(m, v).is_some_and(|c| m.const_of(c.codes).is_some()) || QTensor::of(m, inner).is_some()
+    coded(m, v).is_some_and(|c| m.const_of(c.codes).is_some()) || weight(m, v).is_some()
 }
 
 /// Where the only thing that becomes of an op's result is codes; a Relu or Clip in between is left out where those end at

@@ -143,18 +143,14 @@ impl Report {
 
     /// Counts a weight once: what a pass made of a constant that another had made of a weight, it made of that weight.
     pub fn merge(&mut self) {
-        let mut i = 0;
-        while i < self.weights.len() {
-            let (before, after) = self.weights.split_at_mut(i + 1);
-            let w = &before[i];
-            let made_of_it = |l: &&mut WeightReport| l.node == w.node && w.stored.as_ref() == Some(&l.weight);
-            let Some(later) = after.iter_mut().find(made_of_it) else {
-                i += 1;
-                continue;
-            };
-            later.bytes_before = w.bytes_before;
-            later.notes.push(format!("{} of {}", w.method, w.weight));
-            self.weights.remove(i);
+        for mut w in std::mem::take(&mut self.weights) {
+            let became_it = |old: &WeightReport| old.node == w.node && old.stored.as_ref() == Some(&w.weight);
+            if let Some(at) = self.weights.iter().position(became_it) {
+                let before = self.weights.remove(at);
+                w.bytes_before = before.bytes_before;
+                w.notes.push(format!("{} of {}", before.method, before.weight));
+            }
+            self.weights.push(w);
         }
     }
 

@@ -115,7 +115,7 @@ pub fn divide(
 }
 
 /// Puts the weight with every channel multiplied by its entry of `s` in its place.
-pub fn multiply(m: &mut Module, pass: &'static str, shared: &Shared, s: &[f32]) -> Result<(), PassError> {
+fn multiply(m: &mut Module, pass: &'static str, shared: &Shared, s: &[f32]) -> Result<(), PassError> {
     let fail = |why: String| PassError::At { pass, what: shared.label(m), why };
     let l = shared.first();
     let scaled = original(m, pass, shared, Some(s))?;
