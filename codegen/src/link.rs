@@ -2,12 +2,12 @@
 
 use crate::CompileError;
 use crate::target::{Arch, Target};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Links `object` into the shared library `out`. It depends on nothing but what every C program has loaded (`memcpy`,
+/// Links `objects` into the shared library `out`. It depends on nothing but what every C program has loaded (`memcpy`,
 /// `memset`).
-pub fn shared_library(object: &Path, out: &Path, target: &Target) -> Result<(), CompileError> {
+pub fn shared_library(objects: &[PathBuf], out: &Path, target: &Target) -> Result<(), CompileError> {
     let lld: &[&str] = match target.arch {
         Arch::X86_64 => &["-m", "elf_x86_64"],
         Arch::Aarch64 => &["-m", "aarch64linux"],
@@ -19,7 +19,7 @@ pub fn shared_library(object: &Path, out: &Path, target: &Target) -> Result<(), 
         false => &[("ld.lld-22", lld), ("ld.lld", lld)],
     };
     for (linker, flags) in linkers {
-        let run = Command::new(linker).args(*flags).arg("-shared").arg("-o").arg(out).arg(object).output();
+        let run = Command::new(linker).args(*flags).arg("-shared").arg("-o").arg(out).args(objects).output();
         match run {
             Ok(run) if run.status.success() => return Ok(()),
             Ok(run) => {

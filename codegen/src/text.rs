@@ -132,7 +132,8 @@ fn list<T: fmt::Display>(items: impl IntoIterator<Item = T>) -> String {
 }
 
 impl<'t> Body<'t> {
-    /// The text of the function `name` of these parameters, without result.
+    /// The text of the function `name` of these parameters, without result. A function of the LLVM dialect: its address can
+    /// be taken.
     pub fn function(
         target: &'t Target,
         name: &str,
@@ -143,8 +144,25 @@ impl<'t> Body<'t> {
         let params: Vec<Val> = params.iter().map(|&ty| b.fresh(ty)).collect();
         let head = list(params.iter().map(|p| format!("{p}: {}", p.ty)));
         write(&mut b, &params);
-        b.line("return");
-        format!("func.func @{name}({head}) {{\n{}}}\n", b.text)
+        b.line("llvm.return");
+        format!("llvm.func @{name}({head}) {{\n{}}}\n", b.text)
+    }
+
+    /// The text of the function `name` that returns what `write` gives.
+    pub fn returning(
+        target: &'t Target,
+        name: &str,
+        params: &[Ty],
+        result: Ty,
+        write: impl FnOnce(&mut Body, &[Val]) -> Val,
+    ) -> String {
+        let mut b = Body { target, text: String::new(), next: 0, depth: 1 };
+        let params: Vec<Val> = params.iter().map(|&ty| b.fresh(ty)).collect();
+        let head = list(params.iter().map(|p| format!("{p}: {}", p.ty)));
+        let out = write(&mut b, &params);
+        assert_eq!(out.ty, result, "{name} returns something else");
+        b.line(format_args!("llvm.return {out} : {result}"));
+        format!("llvm.func @{name}({head}) -> {result} {{\n{}}}\n", b.text)
     }
 
     fn fresh(&mut self, ty: Ty) -> Val {
@@ -152,7 +170,8 @@ impl<'t> Body<'t> {
         Val { id: self.next - 1, ty }
     }
 
-    fn line(&mut self, text: impl fmt::Display) {
+    /// A line of text: an op without result.
+    pub fn line(&mut self, text: impl fmt::Display) {
         let pad = 2 * self.depth;
         writeln!(self.text, "{:pad$}{text}", "").expect("a String takes all");
     }
@@ -193,6 +212,14 @@ impl<'t> Body<'t> {
         match ty.lanes {
             0 => self.op(ty, format_args!("arith.constant {one} : {ty}")),
             _ => self.op(ty, format_args!("arith.constant dense<{one}> : {ty}")),
+        }
+    }
+
+    /// A constant bool, the same in every lane.
+    pub fn flag(&mut self, ty: Ty, value: bool) -> Val {
+        match ty.lanes {
+            0 => self.op(ty, format_args!("arith.constant {value}")),
+            _ => self.op(ty, format_args!("arith.constant dense<{value}> : {ty}")),
         }
     }
 
@@ -449,6 +476,12 @@ impl<'t> Body<'t> {
         )
     }
 
+    /// Room on the stack for `n` words of 8 bytes, as long as the function runs.
+    pub fn room(&mut self, n: usize) -> Val {
+        let n = self.size(n);
+        self.op(scalar(Scalar::Ptr), format_args!("llvm.alloca {n} x i64 : (i64) -> !llvm.ptr"))
+    }
+
     /// Reads; nothing is assumed about alignment beyond that of an element.
     pub fn load(&mut self, ptr: Val, ty: Ty) -> Val {
         let align = ty.elem.bytes();
@@ -556,6 +589,15 @@ impl<'t> Body<'t> {
             body(b, i);
             Vec::new()
         });
+    }
+
+    /// Runs one or the other.
+    pub fn when_else(&mut self, cond: Val, yes: impl FnOnce(&mut Self), no: impl FnOnce(&mut Self)) {
+        self.line(format_args!("scf.if {cond} {{"));
+        self.nested(yes);
+        self.line("} else {");
+        self.nested(no);
+        self.line("}");
     }
 
     /// Runs `body` if `cond`.

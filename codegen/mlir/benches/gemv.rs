@@ -72,7 +72,9 @@ fn main() {
     let target = Target::native();
     println!("{:28} {:>8} {:>12} {:>12} {:>8}", "kernel", "threads", "read GB/s", "kernel GB/s", "share");
     for int8 in [true, false] {
-        for (what, mib, zeros) in [("DRAM", mib, false), ("DRAM, zero points", mib, true), ("cache", 8, false)] {
+        for (what, mib, zeros) in
+            [("DRAM", mib, false), ("DRAM, zero points", mib, true), ("cache", 8, false)]
+        {
             let form = Form { n: SIZE, k: SIZE, group: 32, bits: 4, zeros, half_scales: true, int8 };
             for &threads in &all {
                 measure(&target, &form, what, mib << 20, threads);
@@ -82,12 +84,13 @@ fn main() {
 }
 
 fn measure(target: &Target, form: &Form, what: &str, bytes: usize, threads: usize) {
-    let kernels: [Kernel; 2] = [prepare(target, form), product(target, form, &|_, _, _, _, out| out)];
+    let kernels: [Kernel; 2] =
+        [prepare(target, form), product(target, form, 1, &|_, _, _, _, _, out| vec![out])];
     let request = Request { mlir: module(&kernels), target: target.clone(), form: codegen::Form::Object };
     let dir = tempfile::tempdir().expect("a folder for the library");
     let (object, library) = (dir.path().join("k.o"), dir.path().join("k.so"));
     std::fs::write(&object, codegen_mlir::compile(&request).expect("kernels compile")).expect("room");
-    link::shared_library(&object, &library, target).expect("a linker");
+    link::shared_library(&[object], &library, target).expect("a linker");
     let names: Vec<String> = kernels.iter().map(|k| k.name.clone()).collect();
     // SAFETY: made above for this machine.
     let kernels = unsafe { Kernels::open(&library, &names).expect("the library loads") };
@@ -116,5 +119,10 @@ fn measure(target: &Target, form: &Form, what: &str, bytes: usize, threads: usiz
         (plain, (words.len() * 8) as f64 / time)
     });
     let name = format!("{} {what}", if form.int8 { "int8" } else { "f32" });
-    println!("{name:28} {threads:>8} {:>12.2} {:>12.2} {:>7.1}%", plain / 1e9, packed / 1e9, 100.0 * packed / plain);
+    println!(
+        "{name:28} {threads:>8} {:>12.2} {:>12.2} {:>7.1}%",
+        plain / 1e9,
+        packed / 1e9,
+        100.0 * packed / plain
+    );
 }

@@ -15,7 +15,8 @@ use std::ptr::{null, null_mut};
 
 unsafe extern "C" {
     /// Of MLIR's C interface, with the types of `llvm-sys` in place of the opaque ones of `mlir-sys`.
-    fn mlirTranslateModuleToLLVMIR(module: mlir_sys::MlirOperation, context: LLVMContextRef) -> LLVMModuleRef;
+    fn mlirTranslateModuleToLLVMIR(module: mlir_sys::MlirOperation, context: LLVMContextRef)
+    -> LLVMModuleRef;
 }
 
 fn refused(stage: &str, message: impl Into<String>) -> CompileError {
@@ -71,8 +72,7 @@ unsafe fn compile(module: LLVMModuleRef, target: &Target, form: Form) -> Result<
             }
         }
         let c = |s: &str| CString::new(s).expect("no NUL in a name of a target");
-        let (triple, cpu, features) =
-            (c(target.triple()), c(target.llvm_cpu()), c(&target.llvm_features()));
+        let (triple, cpu, features) = (c(target.triple()), c(target.llvm_cpu()), c(&target.llvm_features()));
         let mut found = null_mut();
         let mut message = null_mut();
         if LLVMGetTargetFromTriple(triple.as_ptr(), &mut found, &mut message) != 0 {

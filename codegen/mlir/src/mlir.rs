@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 /// lowering of memrefs in it.
 const PIPELINE: &str = "builtin.module(canonicalize,cse,convert-scf-to-cf,\
     convert-vector-to-llvm{reassociate-fp-reductions=0},convert-arith-to-llvm,convert-math-to-llvm,\
-    convert-func-to-llvm,convert-cf-to-llvm,reconcile-unrealized-casts,canonicalize,cse)";
+    convert-cf-to-llvm,reconcile-unrealized-casts,canonicalize,cse)";
 
 /// The result of one request.
 pub fn compile(request: &Request) -> Result<Vec<u8>, CompileError> {

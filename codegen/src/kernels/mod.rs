@@ -4,8 +4,11 @@
 //! the units of work it is to do. Units are independent of each other and each is computed in one order, so results do not
 //! depend on how they are divided among threads.
 
+pub mod elementwise;
 pub mod math;
+pub mod matmul_nbits;
 pub mod packed;
+pub mod pointwise;
 
 use crate::size::Size;
 use crate::target::Target;
@@ -44,6 +47,8 @@ pub struct Step {
     pub dims: Vec<Size>,
     /// How many units there are.
     pub units: Size,
+    /// What a unit takes, in nanoseconds or so: little work is not worth another thread.
+    pub work: Size,
 }
 
 /// An op as kernels.

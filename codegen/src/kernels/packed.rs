@@ -14,7 +14,7 @@
 //! MatMulNBits rounds them; or f32, scaled by the power of two that undoes the place of their code within its word (so
 //! that a code needs no shift), with (1, sum). One record gives `scale_w * scale_x * (sum codes x - zero * sum x)`.
 
-use super::{Args, Kernel};
+use super::{Args, Kernel, elementwise, pointwise};
 use crate::target::{Arch, Feature, Target};
 use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar, vector};
 use half::f16;
@@ -232,8 +232,7 @@ fn prepare_group(
             let mut sum = zero;
             for (i, &p) in parts.iter().enumerate() {
                 sum = b.add(sum, p);
-                let factors: Vec<f64> =
-                    (0..lanes).map(|j| f64::from(factor(form, i * lanes + j))).collect();
+                let factors: Vec<f64> = (0..lanes).map(|j| f64::from(factor(form, i * lanes + j))).collect();
                 let factors = b.floats(&factors);
                 let scaled = b.mul(p, factors);
                 let p = b.at_const(out, i * lanes * 4);
@@ -354,20 +353,23 @@ impl Dot {
     }
 }
 
-/// What is done with a row's 16 outputs before they are written: `(row, first output, parts of 16 sums)`.
-pub type Finish<'f> = dyn Fn(&mut Body, &Args, Val, Val, Vec<Val>) -> Vec<Val> + 'f;
+/// What is done with a row's 16 sums before they are written: of `(row, first output, how many of the 16 are there, sums in
+/// parts)`, the parts of each result.
+pub type Finish<'f> = dyn Fn(&mut Body, &Args, Val, Val, usize, Vec<Val>) -> Vec<Vec<Val>> + 'f;
 
-/// The product. Buffers: prepared rows of X, W, Y `[M, N]` f32, and what `finish` reads. Sizes: M. A unit is 16 outputs
-/// of all rows.
-pub fn product(target: &Target, form: &Form, finish: &Finish) -> Kernel {
+/// The product. Buffers: prepared rows of X, W, results `[M, N]`, and what `finish` reads. Sizes: M. A unit is 16 outputs of
+/// all rows.
+pub fn product(target: &Target, form: &Form, results: usize, finish: &Finish) -> Kernel {
     let kernel = Product {
         form,
         lanes: target.lanes().min(ROWS),
         dot: form.int8.then(|| Dot::of(target, form)),
+        finish,
     };
     let family = format!("matmul_{}bit_{}", form.bits, if form.int8 { "int8" } else { "f32" });
     Kernel::new(target, &family, |b, a| {
-        let (x, w, y) = (a.buffer(b, 0), a.buffer(b, 1), a.buffer(b, 2));
+        let (x, w) = (a.buffer(b, 0), a.buffer(b, 1));
+        let y: Vec<Val> = (0..results).map(|i| a.buffer(b, 2 + i)).collect();
         let rows = a.dim(b, 0);
         let block = b.size(form.groups() * form.record());
         b.each(a.begin, a.end, 1, |b, nb| {
@@ -376,8 +378,8 @@ pub fn product(target: &Target, form: &Form, finish: &Finish) -> Kernel {
             let (zero, tile) = (b.size(0), b.size(TILE));
             let tiles = b.div(rows, tile);
             let tiled = b.mul(tiles, tile);
-            b.each(zero, tiled, TILE, |b, m| kernel.rows(b, a, (x, w, y), nb, m, TILE, finish));
-            b.each(tiled, rows, 1, |b, m| kernel.rows(b, a, (x, w, y), nb, m, 1, finish));
+            b.each(zero, tiled, TILE, |b, m| kernel.rows(b, a, (x, w, &y), nb, m, TILE));
+            b.each(tiled, rows, 1, |b, m| kernel.rows(b, a, (x, w, &y), nb, m, 1));
         });
     })
 }
@@ -387,6 +389,7 @@ struct Product<'f> {
     lanes: usize,
     /// `None` for f32 activations.
     dot: Option<Dot>,
+    finish: &'f Finish<'f>,
 }
 
 impl Product<'_> {
@@ -396,17 +399,7 @@ impl Product<'_> {
     }
 
     /// `tile` rows of X from `m` on by the block `nb` of W.
-    #[allow(clippy::too_many_arguments)]
-    fn rows(
-        &self,
-        b: &mut Body,
-        a: &Args,
-        (x, w, y): (Val, Val, Val),
-        nb: Val,
-        m: Val,
-        tile: usize,
-        finish: &Finish,
-    ) {
+    fn rows(&self, b: &mut Body, a: &Args, (x, w, y): (Val, Val, &[Val]), nb: Val, m: Val, tile: usize) {
         let form = self.form;
         let stride = b.size(form.x_row());
         let at = b.mul(m, stride);
@@ -416,37 +409,38 @@ impl Product<'_> {
         let (from, to) = (b.size(0), b.size(form.groups()));
         let start = vec![zero; tile * self.parts()];
         let sums = b.repeat(from, to, 1, &start, |b, g, sums| self.record(b, &xs, w, g, sums));
-        let n = b.size(form.n);
         let sixteen = b.size(ROWS);
         let first = b.mul(nb, sixteen);
+        let tail = form.n % ROWS;
+        if tail == 0 {
+            return self.write(b, a, y, m, first, &sums, ROWS);
+        }
+        let last = b.size(form.n - tail);
+        let whole = b.cmp(Cmp::Lt, first, last);
+        b.when(whole, |b| self.write(b, a, y, m, first, &sums, ROWS));
+        let partial = b.cmp(Cmp::Ge, first, last);
+        b.when(partial, |b| self.write(b, a, y, m, first, &sums, tail));
+    }
+
+    /// Finishes and writes rows from `m` on, of which `there` of 16 outputs are there.
+    #[allow(clippy::too_many_arguments)]
+    fn write(&self, b: &mut Body, a: &Args, y: &[Val], m: Val, first: Val, sums: &[Val], there: usize) {
+        let n = b.size(self.form.n);
         for (i, sums) in sums.chunks(self.parts()).enumerate() {
             let row = b.size(i);
             let row = b.add(m, row);
-            let out = finish(b, a, row, first, sums.to_vec());
             let at = b.mul(row, n);
             let at = b.add(at, first);
-            let y = b.element(y, at, Scalar::F32);
-            self.store(b, &out, y, first);
-        }
-    }
-
-    /// Writes 16 outputs, or those of the last block that are there.
-    fn store(&self, b: &mut Body, out: &[Val], y: Val, first: Val) {
-        let store = |b: &mut Body, there: usize| {
-            for (p, &v) in out.iter().enumerate() {
-                let y = b.at_const(y, p * self.lanes * 4);
-                b.store_some(v, y, there.saturating_sub(p * self.lanes).min(self.lanes));
+            let results = (self.finish)(b, a, row, first, there, sums.to_vec());
+            for (&y, parts) in y.iter().zip(results) {
+                for (p, v) in parts.into_iter().enumerate() {
+                    let part = b.size(p * self.lanes);
+                    let at = b.add(at, part);
+                    let y = elementwise::element(b, y, at, v.ty.elem);
+                    pointwise::store_some(b, v, y, there.saturating_sub(p * self.lanes).min(self.lanes));
+                }
             }
-        };
-        let tail = self.form.n % ROWS;
-        if tail == 0 {
-            return store(b, ROWS);
         }
-        let last = b.size(self.form.n - tail);
-        let whole = b.cmp(Cmp::Lt, first, last);
-        b.when(whole, |b| store(b, ROWS));
-        let partial = b.cmp(Cmp::Ge, first, last);
-        b.when(partial, |b| store(b, tail));
     }
 
     /// One record: a group of 16 rows of W by the same group of each row of X, added to `sums`.

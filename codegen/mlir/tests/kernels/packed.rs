@@ -35,17 +35,19 @@ impl Case {
 
     fn run(&self, loaded: &Loaded) -> Vec<f32> {
         let form = &self.form;
-        let parts = Parts {
-            codes: &self.codes,
-            scales: &self.scales,
-            zeros: form.zeros.then_some(&self.zeros[..]),
-        };
+        let parts =
+            Parts { codes: &self.codes, scales: &self.scales, zeros: form.zeros.then_some(&self.zeros[..]) };
         let mut w = form.pack(&parts);
         let mut x = self.x.clone();
         let mut prepared = vec![0u8; self.m * form.x_row()];
         let mut y = vec![f32::NAN; self.m * form.n + 1];
         loaded.call(0, &[bytes(&mut x), bytes(&mut prepared)], &[], self.m);
-        loaded.call(1, &[bytes(&mut prepared), bytes(&mut w), bytes(&mut y)], &[self.m as i64], form.blocks());
+        loaded.call(
+            1,
+            &[bytes(&mut prepared), bytes(&mut w), bytes(&mut y)],
+            &[self.m as i64],
+            form.blocks(),
+        );
         assert!(y.pop().unwrap().is_nan(), "written past the end");
         y
     }
@@ -72,7 +74,11 @@ impl Case {
                     let inside = k % form.group;
                     let byte = self.codes[cell * form.group * form.bits / 8 + inside * form.bits / 8];
                     let code = u32::from(byte) >> (inside * form.bits % 8) & ((1 << form.bits) - 1);
-                    let zero = if form.zeros { f64::from(self.zeros[cell]) } else { f64::from(1u32 << (form.bits - 1)) };
+                    let zero = if form.zeros {
+                        f64::from(self.zeros[cell])
+                    } else {
+                        f64::from(1u32 << (form.bits - 1))
+                    };
                     (f64::from(code) - zero) * f64::from(self.scales[cell]) * row[k]
                 });
                 out.push(sum.sum());
@@ -96,7 +102,8 @@ fn products_of_packed_weights() {
                 (64, false, true, false),
                 (16, false, false, false),
             ] {
-                for (m, n, k) in [(1, 16, 128), (1, 37, 96), (5, 48, 200), (9, 3, 40), (0, 16, 32), (4, 1, 1)] {
+                for (m, n, k) in [(1, 16, 128), (1, 37, 96), (5, 48, 200), (9, 3, 40), (0, 16, 32), (4, 1, 1)]
+                {
                     let form = Form { n, k, group, bits, zeros, half_scales, int8 };
                     check(&target, form, m, &mut rng);
                 }
@@ -115,5 +122,9 @@ fn check(target: &Target, form: Form, m: usize, rng: &mut impl Rng) {
         assert!(off < 2e-6, "{target} {form:?} m={m}: element {i} is {f}, expected {e}");
     }
     let one = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-    assert_eq!(one.install(|| case.run(&loaded)), found, "{target} {form:?}: another result on three threads");
+    assert_eq!(
+        one.install(|| case.run(&loaded)),
+        found,
+        "{target} {form:?}: another result on three threads"
+    );
 }
