@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The one test command: formatting, lints, Rust tests, doc tests, and interop tests against ONNX Runtime.
 #
-# Needs Rust (rustup honours rust-toolchain.toml) and Python 3.11 or newer with venv; the Python packages that the
-# interop tests need go into .venv, pinned by tests/requirements.txt. QCC_MODELS names a folder of further models;
+# Needs Rust (rustup honours rust-toolchain.toml), a C compiler, and Python 3.11 or newer with venv; the Python packages that
+# the interop tests need go into .venv, pinned by tests/requirements.txt. LLVM and MLIR 22 are installed with apt where they
+# are missing. QCC_MODELS names a folder of further models;
 # without it the tests that need them are skipped, and say so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,9 +35,20 @@ python_packages() {
   }
 }
 
+# Code generation. The list is the README's.
+llvm() {
+  [[ -x /usr/lib/llvm-22/bin/llvm-config && -e /usr/lib/llvm-22/lib/libMLIRCAPIIR.a ]] && return
+  local as_root=()
+  ((EUID == 0)) || as_root=(sudo)
+  "${as_root[@]}" apt-get update -qq &&
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+      libmlir-22-dev llvm-22-dev libclang-22-dev libpolly-22-dev zlib1g-dev libzstd-dev g++ >/dev/null
+}
+
 step "python packages" python_packages
+step "LLVM and MLIR" llvm
 step "formatting" cargo fmt --all --check
-step "lints" cargo clippy --workspace --all-targets --quiet -- -D warnings
+step "lints" cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
 mkdir -p target
 step "the tests of ONNX" "$venv/bin/python" tests/onnx_conformance/generate.py target/onnx_tests
 export QCC_ONNX_TESTS=$PWD/target/onnx_tests
@@ -44,8 +56,8 @@ if [[ -n ${QCC_MODELS-} ]]; then
   step "what ONNX Runtime computes" "$venv/bin/python" scripts/model_values.py target/model_values.tsv
   export QCC_MODEL_VALUES=$PWD/target/model_values.tsv
 fi
-step "rust tests" cargo test --workspace --no-fail-fast
-step "build for the interop tests" cargo build
+step "rust tests" cargo test --workspace --all-features --no-fail-fast
+step "build for the interop tests" cargo build --all-features
 step "interop tests" "$venv/bin/python" -m unittest discover --start-directory tests/interop --verbose
 
 # `cargo test` says "test result: ok. 3 passed; 0 failed; ..."; unittest says one line a test, ending "... ok".
