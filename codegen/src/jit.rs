@@ -10,9 +10,26 @@ use dialects::ops::{Evaluated, Item, OpError, Ops};
 use dialects::tensor::{Data, Tensor};
 use runtime::{Call, Kernels};
 use self_cell::self_cell;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::sync::Arc;
 use tempfile::TempDir;
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (steps, distinct) = self.kernels;
+        write!(f, "machine code: {} ops in {steps} kernels, {distinct} of them distinct", self.compiled)?;
+        let mut by_op: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
+        for (op, node) in &self.interpreted {
+            by_op.entry(op).or_insert((0, node)).0 += 1;
+        }
+        if !by_op.is_empty() {
+            let each = by_op.iter().map(|(op, (n, node))| format!("{n} x {op} (the first at node {node:?})"));
+            write!(f, "; interpreted, for want of a kernel: {}", each.collect::<Vec<_>>().join(", "))?;
+        }
+        Ok(())
+    }
+}
 
 /// Compiles what it can and interprets the rest.
 pub struct Native {
@@ -20,7 +37,11 @@ pub struct Native {
     target: Target,
     compiler: Arc<dyn Compiler>,
     exact: bool,
+    told: Option<Told>,
 }
+
+/// Hears what became of each module that is prepared.
+type Told = Box<dyn Fn(&Summary) + Send + Sync>;
 
 /// What became of a module.
 #[derive(Clone, Debug, Default)]
@@ -36,12 +57,17 @@ pub struct Summary {
 impl Native {
     /// Compiles for this machine.
     pub fn new(ops: Ops, compiler: Arc<dyn Compiler>) -> Native {
-        Native { ops, target: Target::native(), compiler, exact: false }
+        Native { ops, target: Target::native(), compiler, exact: false, told: None }
     }
 
     /// The same, leaving out the roundings of activations that `accuracy_level` 4 allows, if `exact`.
     pub fn exact(self, exact: bool) -> Native {
         Native { exact, ..self }
+    }
+
+    /// Tells `told` what became of each module that is prepared.
+    pub fn tells(self, told: impl Fn(&Summary) + Send + Sync + 'static) -> Native {
+        Native { told: Some(Box::new(told)), ..self }
     }
 
     /// Compiles `m`, keeping the values of `keep`.
@@ -264,7 +290,10 @@ impl Executor for Native {
         wanted: &[Value],
     ) -> Result<Box<dyn Prepared + 'm>, ExecError> {
         let keep = given.iter().chain(wanted).copied().collect();
-        let (module, compiled, _) = self.compile(m, &keep)?;
+        let (module, compiled, summary) = self.compile(m, &keep)?;
+        if let Some(told) = &self.told {
+            told(&summary);
+        }
         let interpreter = Interpreter::new(self.ops.clone()).exact(self.exact).natives(Arc::new(compiled));
         let owner = Owner { module, interpreter };
         let running = Running::try_new(owner, |o| o.interpreter.prepare_from(&o.module, given, wanted))?;

@@ -1,7 +1,7 @@
 //! From `kernel.fused` to kernels: the table of what a kernel can be made around.
 
 use crate::fuse::Fused;
-use crate::kernels::{Lowered, elementwise, matmul_nbits};
+use crate::kernels::{Lowered, elementwise, matmul_nbits, norm};
 use crate::target::Target;
 use dialects::ir::{Module, Op};
 
@@ -29,10 +29,22 @@ fn rows(steps: &[bool]) -> bool {
     lead.iter().all(|&s| s) || lead.iter().all(|&s| !s)
 }
 
-const ANCHORS: &[(&str, Anchor)] = &[(
-    "com.microsoft.MatMulNBits",
-    Anchor { supports: matmul_nbits::supports, takes: rows, lower: matmul_nbits::lower },
-)];
+/// A kernel that takes nothing else.
+fn nothing(_: &[bool]) -> bool {
+    false
+}
+
+const NORM: Anchor = Anchor { supports: norm::supports, takes: nothing, lower: norm::lower };
+
+const ANCHORS: &[(&str, Anchor)] = &[
+    (
+        "com.microsoft.MatMulNBits",
+        Anchor { supports: matmul_nbits::supports, takes: rows, lower: matmul_nbits::lower },
+    ),
+    ("onnx.LayerNormalization", NORM),
+    ("onnx.RMSNormalization", NORM),
+    ("onnx.SimplifiedLayerNormalization", NORM),
+];
 
 /// How a kernel is made around `op`, if one can be.
 pub fn anchor(m: &Module, op: Op) -> Option<Anchor> {

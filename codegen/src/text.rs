@@ -418,6 +418,20 @@ impl<'t> Body<'t> {
         self.op(ty, format_args!("vector.broadcast {a} : {} to {ty}", a.ty))
     }
 
+    /// A scalar as a value of so many lanes, 0 for a scalar.
+    pub fn spread(&mut self, a: Val, lanes: usize) -> Val {
+        if lanes == 0 { a } else { self.broadcast(a, lanes) }
+    }
+
+    /// The first `there` lanes, and 0 in the others.
+    pub fn keep(&mut self, v: Val, there: usize) -> Val {
+        if there >= v.ty.lanes {
+            return v;
+        }
+        let (mask, zero) = (self.first_lanes(v.ty.lanes, there), self.splat(v.ty, 0.0));
+        self.select(mask, v, zero)
+    }
+
     /// The lanes of `a` and then `b` that `order` picks.
     pub fn shuffle(&mut self, a: Val, b: Val, order: &[usize]) -> Val {
         let ty = vector(order.len(), a.ty.elem);

@@ -65,7 +65,15 @@ impl With {
         let ops = cx.registry.ops().clone();
         match self.executor {
             Kind::Interp => Box::new(Interpreter::new(ops).exact(self.exact)),
-            Kind::Cpu => Box::new(Native::new(ops, Arc::new(Worker)).exact(self.exact)),
+            Kind::Cpu => {
+                let term = cx.term;
+                let tell = move |s: &codegen::jit::Summary| {
+                    if !term.quiet() {
+                        term.trace(&s.to_string());
+                    }
+                };
+                Box::new(Native::new(ops, Arc::new(Worker)).exact(self.exact).tells(tell))
+            }
         }
     }
 }

@@ -7,6 +7,7 @@
 pub mod elementwise;
 pub mod math;
 pub mod matmul_nbits;
+pub mod norm;
 pub mod packed;
 pub mod pointwise;
 

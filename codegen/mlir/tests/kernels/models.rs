@@ -312,3 +312,25 @@ graph @main(%x : tensor<s x 8xf32>) {
     let e = plan(&m, &Ops::standard(), &targets()[0], &|_| Some(4)).err().unwrap().to_string();
     assert!(e.starts_with("no kernel for onnx.CumSum at node"), "{e}");
 }
+
+#[test]
+fn normalizations_of_rows() {
+    for n in [1, 5, 8, 67, 128] {
+        let list = |f: fn(usize) -> f64| (0..n).map(|i| format!("{:?}", f(i))).collect::<Vec<_>>().join(", ");
+        let (w, c) = (list(|i| 1.0 + i as f64 * 0.25), list(|i| i as f64 * 0.5 - 2.0));
+        let m = model(&format!(
+            "module ir_version=10 opsets {{onnx=23}}
+graph @main(%x : tensor<b x s x {n}xf32>, %g : tensor<{n}xf32>) {{
+  const %w : tensor<{n}xf32> [{w}]
+  const %c : tensor<{n}xf32> [{c}]
+  %l = onnx.LayerNormalization(%x, %w, %c)
+  %r = onnx.RMSNormalization(%x, %g) {{epsilon=0.001}}
+  %p = onnx.LayerNormalization(%x, %g) {{axis=2}}
+  %y = onnx.Add(%l, %r)
+  return %y, %p
+}}
+"
+        ));
+        check(&m, &[&[("b", 2), ("s", 3)], &[("b", 1), ("s", 0)], &[("b", 1), ("s", 40)]], 4, 2e-6);
+    }
+}
