@@ -161,6 +161,16 @@ impl Lm {
         self.inputs.iter().map(|f| (f.name().clone(), f.tensor(ids, len, self.past))).collect()
     }
 
+    /// The names of the caches, each with the positions that it holds whatever is fed.
+    pub fn caches(&self) -> impl Iterator<Item = (&Symbol, usize)> {
+        self.inputs.iter().filter_map(|f| Some((f.name(), f.past()?)))
+    }
+
+    /// A run's inputs, but for caches, for one row of tokens behind `start` others.
+    pub fn step(&self, ids: &[i64], start: usize) -> Batch {
+        self.inputs.iter().filter_map(|f| Some((f.name().clone(), f.after(ids, start)?))).collect()
+    }
+
     /// Whether a run takes rows of `len` tokens.
     pub fn takes(&self, exec: &dyn Executor, m: &Module, len: usize) -> bool {
         let ids = vec![0; self.batch.unwrap_or(1) * len];
