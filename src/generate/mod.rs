@@ -4,6 +4,9 @@ pub mod sample;
 pub mod text;
 
 use crate::data::lm::{Lm, LmError, inputs_of};
+use crate::env::DriverEnv;
+use crate::pipeline::Pipeline;
+use crate::{Error, Registry, driver, term::Term};
 use dialects::exec::{ExecError, Executor, Prepared};
 use dialects::ir::{Module, Symbol, Type, Value};
 use dialects::ops::Item;
@@ -98,7 +101,8 @@ impl<'m> Decoder<'m> {
         let caches: HashSet<Value> = continues.values().copied().collect();
         let empty = inputs_of(m, lm.batch_of(&[0], 1)).into_iter().filter(|(v, _)| caches.contains(v));
         let empty: Vec<(Value, Item)> = empty.collect();
-        let wanted: Vec<Value> = top.results.iter().copied().filter(|v| *v == logits || continues.contains_key(v)).collect();
+        let wanted: Vec<Value> =
+            top.results.iter().copied().filter(|v| *v == logits || continues.contains_key(v)).collect();
         let prepared = exec.prepare(m, &wanted)?;
         let (past, bound) = (empty.clone(), context(m));
         Ok(Decoder { m, lm, logits, prepared, continues, past, empty, at: 0, bound })
@@ -180,11 +184,11 @@ fn context(m: &Module) -> Option<usize> {
             "com.microsoft.RotaryEmbedding" => (&[2, 3], 1),
             _ => (&[], 0),
         };
-        let position = |v: Value| !main.contains(&v) && m.const_of(v).is_none() && m.ty(v).dims().is_some_and(|d| d.len() == 2);
+        let position = |v: Value| !main.contains(&v) && m.const_of(v).is_none();
         if data.operand(index).is_some_and(position) {
             for table in tables.iter().filter_map(|&i| data.operand(i)) {
-                let float = m.ty(table).elem().is_some_and(|e| e.is_float());
-                let rows = m.const_of(table).filter(|_| float).and_then(|c| m.consts[c].shape().first().copied());
+                let table = m.const_of(table).map(|c| &m.consts[c]);
+                let rows = table.filter(|c| c.elem.is_float() && c.dims.len() == 2).map(|c| c.shape()[0]);
                 bound = bound.into_iter().chain(rows).min();
             }
         }
@@ -193,4 +197,14 @@ fn context(m: &Module) -> Option<usize> {
         }
     }
     bound
+}
+
+/// The model with a key/value cache: as it is when it has one, and else as the pass add-kv-cache makes it.
+pub fn cached(mut m: Module, registry: &Registry, term: Term) -> Result<Module, Error> {
+    if !passes::add_kv_cache::has_cache(&m) {
+        let pipeline = Pipeline::parse("add-kv-cache", registry, &[], &[])?;
+        let env = DriverEnv::without_data(registry.ops(), term);
+        driver::run(&mut m, &pipeline, registry, &env, &driver::Options::default())?;
+    }
+    Ok(m)
 }

@@ -7,7 +7,15 @@ const INCOMPLETE: char = '\u{fffd}';
 
 /// Special tokens that end a text, by the names that models give them.
 const ENDS: &[&str] = &[
-    "</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<eos>", "<end_of_turn>", "[EOS]",
+    "</s>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<eos>",
+    "<end_of_turn>",
+    "[EOS]",
 ];
 
 /// The tokens that end a text.
