@@ -96,6 +96,11 @@ fn a_model_that_has_a_cache_and_quantized_weights() {
     assert_eq!(tokens(&cached), tokens(MODEL));
     ok(&[&cached, "--pass", "rtn,pack-int4", "-o", &quantized]);
     assert_eq!(tokens(&quantized).as_array().unwrap().len(), 5);
+    // Data for a model without a cache is data for one with an empty cache.
+    let pipeline = "add-kv-cache,awq{grid=2,clip=false},pack-int4";
+    let more = ["--calib", "calib_ids.npy", "--calib-samples", "2", "--check"];
+    ok(&args(&[&[MODEL, "--pass", pipeline, "-o", &quantized], &more]));
+    assert_eq!(tokens(&quantized).as_array().unwrap().len(), 5);
 }
 
 #[test]
@@ -105,7 +110,7 @@ fn what_cannot_be_generated() {
     assert!(
         message(&[MODEL, "--ids", "4096"]).contains("token 4096: the model has 4096 rows of its embedding")
     );
-    assert!(message(&[MODEL, "--ids", "1", "--temperature", "-1"]).contains("--temperature"));
+    assert!(message(&[MODEL, "--ids", "1", "--temperature=-1"]).contains("--temperature"));
     assert!(message(&[MODEL, "--ids", "1", "--top-p", "0"]).contains("--top-p 0"));
     assert!(message(&[MODEL, "--prompt", "x", "--tokenizer", MODEL]).contains(MODEL));
     let dir = Folder::new();

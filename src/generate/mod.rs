@@ -138,7 +138,10 @@ impl<'m> Decoder<'m> {
         }
         // The old cache is handed over: no copy of it is kept beside the one that the model makes.
         let mut inputs = std::mem::take(&mut self.past);
-        inputs.extend(inputs_of(self.m, self.lm.step(ids, self.at)));
+        let caches: HashSet<Value> = inputs.iter().map(|(v, _)| *v).collect();
+        inputs.extend(
+            inputs_of(self.m, self.lm.step(ids, self.at)).into_iter().filter(|(v, _)| !caches.contains(v)),
+        );
         let (mut past, mut logits) = (Vec::with_capacity(self.continues.len()), None);
         self.prepared.run(&inputs, &mut |v, item| {
             match self.continues.get(&v) {

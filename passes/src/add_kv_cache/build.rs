@@ -440,7 +440,22 @@ impl Builder<'_> {
         self.built.values.insert((v, WHOLE), x);
     }
 
-    /// Sets the outputs, and forgets types that lengths have changed.
+    /// What is known of the type of a view of a value.
+    fn ty(&self, v: Value, view: View) -> Type {
+        let Some(elem) = self.m.ty(v).elem() else { return Type::Unknown };
+        let Some(sizes) = self.found.sizes.of(v) else { return Type::unranked(elem) };
+        let given = |i: usize| self.m.ty(self.found.rows[0]).dims().map_or(Dim::Unknown, |d| d[i].clone());
+        let dim = |(i, size): (usize, &Option<Size>)| match size {
+            Some(Size { fixed, batch: false, seq: false }) => Dim::Known(*fixed),
+            Some(Size { fixed: 1, batch: true, seq: false }) => given(0),
+            Some(Size { fixed: 1, batch: false, seq: true }) if view & axis(i) != 0 => given(1),
+            Some(Size { fixed: 1, batch: false, seq: true }) => Dim::Sym(TOTAL.into()),
+            _ => Dim::Unknown,
+        };
+        Type::tensor(elem, sizes.iter().enumerate().map(dim))
+    }
+
+    /// Sets the outputs, and what is known of types.
     fn finish(mut self) -> Built {
         let results = self.m.regions[self.m.top].results.clone();
         for (i, v) in results.into_iter().enumerate() {
@@ -449,16 +464,25 @@ impl Builder<'_> {
             if new != v {
                 let old = self.m.values[v].clone();
                 let data = &mut self.m.values[new];
-                (data.name, data.ty, data.declared, data.meta) = (old.name, old.ty, old.declared, old.meta);
+                // An attention op made anew has the name already.
+                if !old.name.is_empty() {
+                    data.name = old.name;
+                }
+                (data.ty, data.declared, data.meta) = (old.ty, old.declared, old.meta);
                 self.m.values[v].name = "".into();
             }
             self.m.regions[self.m.top].results[i] = new;
         }
+        // Only lengths are known anew; what was declared spoke of others.
         let outputs: HashSet<Value> = self.m.regions[self.m.top].results.iter().copied().collect();
+        let mut types: HashMap<Value, Type> = HashMap::new();
+        for (&(old, view), &new) in &self.built.values {
+            types.insert(new, self.ty(old, view));
+        }
         for op in self.m.regions[self.m.top].ops.clone() {
             for v in self.m.ops[op].results.clone().into_iter().flatten().filter(|v| !outputs.contains(v)) {
                 let data = &mut self.m.values[v];
-                (data.ty, data.declared, data.sym) = (Type::Unknown, None, None);
+                (data.ty, data.declared, data.sym) = (types.remove(&v).unwrap_or_default(), None, None);
             }
         }
         for (_, v, ty) in std::mem::take(&mut self.presents) {

@@ -108,6 +108,9 @@ pub fn dependence(m: &Module, inputs: &[Value], rows: &HashSet<Value>) -> (HashS
     (main, varies)
 }
 
+/// More axes than a tensor has.
+const LAST: usize = 64;
+
 /// What the search for a plan works with.
 pub struct Planner<'a> {
     facts: Facts<'a>,
@@ -200,12 +203,13 @@ impl<'a> Planner<'a> {
                 }),
                 [a] if view == axis(a) => Ok(Make::Op),
                 [a, b] if view == axis(a) || view == axis(b) => Ok(Make::Op),
-                _ => Err(format!(
-                    "expected a result with the sequence along one axis, or along two as attention's scores have it, \
-                     found {} of it in {}",
-                    along.len(),
-                    m.ty(v)
-                )),
+                _ => Err(self.facts.operands(op, view).err().unwrap_or_else(|| {
+                    let (n, ty) = (along.len(), m.ty(v));
+                    format!(
+                        "expected a result with the sequence along one axis, or along two as attention's scores have \
+                         it, found {n} of it in {ty}"
+                    )
+                })),
             };
         }
         if !self.varies.contains(&v) {
@@ -365,8 +369,10 @@ impl<'a> Planner<'a> {
         let mut at = v;
         loop {
             if let Some(layout) = self.layout(at) {
+                // What lies as it is to be comes first, and last what may be heads side by side, taken for one.
                 let sorted = layout.perm.windows(2).all(|w| w[0] < w[1]);
-                let moved = usize::from(layout.single || !sorted) + layout.ones.len();
+                let side_by_side = if layout.single { LAST } else { 0 };
+                let moved = usize::from(!sorted) + layout.ones.len() + side_by_side;
                 let cost = (layout.heads * layout.size, moved);
                 if best.as_ref().is_none_or(|(least, ..)| cost < *least) {
                     best = Some((cost, at, layout));
@@ -406,14 +412,17 @@ impl<'a> Planner<'a> {
         if first.batch && first.fixed != 1 {
             return None;
         }
-        let ones: Vec<usize> = (1..sizes.len()).filter(|&i| sizes[i] == Size::fixed(1)).collect();
+        let mut ones: Vec<usize> = (1..sizes.len()).filter(|&i| sizes[i] == Size::fixed(1)).collect();
+        // Without an axis of heads, one of the axes of one element is that of a single head.
+        let alone = sizes.len() - ones.len() == 3 && !ones.is_empty();
+        let head = alone.then(|| ones.remove(0));
         let rest: Vec<usize> = (0..sizes.len()).filter(|i| !ones.contains(i)).collect();
         let s = rest.iter().position(|&i| sizes[i].seq)?;
-        let others: Vec<usize> = (1..rest.len()).filter(|&i| i != s).collect();
+        let mut others: Vec<usize> = (1..rest.len()).filter(|&i| i != s).collect();
+        others.sort_by_key(|&i| Some(rest[i]) != head);
         let (perm, single, heads, size) = match others[..] {
             [h, d] => (vec![0, h, s, d], false, sizes[rest[h]].fixed, sizes[rest[d]].fixed),
-            // Keys and values of a single head, or of heads side by side: the op that reads them tells, not this one.
-            [d] if !ones.is_empty() => (vec![0, s, d], true, 1, sizes[rest[d]].fixed),
+            [d] => (vec![0, s, d], true, 1, sizes[rest[d]].fixed),
             _ => return None,
         };
         let int = |v: Vec<usize>| v.into_iter().map(|i| i as i64).collect();
@@ -447,7 +456,7 @@ impl<'a> Planner<'a> {
     /// Pairs keys with values.
     fn layers(&mut self, order: &[Op]) -> Result<(), Stuck> {
         let m = self.facts.m;
-        let mut seen = HashSet::new();
+        let (mut seen, mut used) = (HashSet::new(), HashSet::new());
         for &op in order {
             let data = &m.ops[op];
             let stuck =
@@ -472,12 +481,15 @@ impl<'a> Planner<'a> {
                 return Err(stuck(why.into()));
             };
             if seen.insert((k, v)) {
+                if !used.insert(k) || !used.insert(v) {
+                    let why = "expected keys and values of its own, found one of them in two places";
+                    return Err(stuck(why.into()));
+                }
                 self.plan.layers.push(Layer::Joined([k, v]));
             }
         }
         let joined = |make: &BTreeMap<View, Make>| make.values().any(|m| matches!(m, Make::Join(_)));
-        let paired: HashSet<Value> = seen.iter().flat_map(|&(k, v)| [k, v]).collect();
-        match self.plan.values.iter().find(|(v, views)| joined(views) && !paired.contains(v)) {
+        match self.plan.values.iter().find(|(v, views)| joined(views) && !used.contains(v)) {
             None => Ok(()),
             Some((&v, _)) => Err(Stuck {
                 what: m.value_label(v),
