@@ -52,6 +52,16 @@ impl Pass for AddKvCache {
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
         let fail = |s: Stuck| PassError::At { pass: NAME, what: s.what, why: s.why };
+        let nothing = |why: &str| match cx.settings.allow_noop {
+            true => Ok(Changed::No),
+            false => Err(PassError::Nothing { pass: NAME, why: why.into() }),
+        };
+        let tokens = tokens(m);
+        if tokens.is_empty() {
+            return nothing(
+                "expected an input of token ids that look up an embedding, or of embeddings, found none",
+            );
+        }
         let inputs = inputs(m).map_err(fail)?;
         if m.opset("onnx") < OPSET {
             let why = format!("expected operators of version {OPSET} or newer, found {}", m.opset("onnx"));
@@ -60,12 +70,6 @@ impl Pass for AddKvCache {
         infer::infer(m, cx.ops);
         let sizes = Sizes::probe(m, cx.ops, &inputs);
         // An input is given for the new positions where that works out, and else for all: an attention mask.
-        let tokens = tokens(m, &inputs);
-        if tokens.is_empty() {
-            let why =
-                "expected an input of token ids that look up an embedding, or of embeddings, found none";
-            return Err(fail(Stuck { what: "inputs".into(), why: why.into() }));
-        }
         let others: Vec<Value> = inputs.iter().copied().filter(|v| !tokens.contains(v)).collect();
         let mut last = None;
         for whole in 0..1u32 << others.len().min(4) {
@@ -84,8 +88,7 @@ impl Pass for AddKvCache {
                 }
             };
             if found.layers.is_empty() {
-                let why = "expected attention, found none".into();
-                return Err(PassError::Nothing { pass: NAME, why });
+                return nothing("expected attention, found none");
             }
             let mut new = m.clone();
             let found =
@@ -138,8 +141,8 @@ fn inputs(m: &Module) -> Result<Vec<Value>, Stuck> {
     Ok(inputs)
 }
 
-/// Inputs that look up a table, or are what tables give: they stand for tokens.
-fn tokens(m: &Module, inputs: &[Value]) -> Vec<Value> {
+/// Inputs that look up a table, or are what tables give, `[batch, sequence, size]`: they stand for tokens.
+fn tokens(m: &Module) -> Vec<Value> {
     let looks_up = |v: Value| {
         let mut same = HashSet::from([v]);
         m.regions[m.top].ops.iter().map(|&op| &m.ops[op]).any(|data| {
@@ -156,6 +159,9 @@ fn tokens(m: &Module, inputs: &[Value]) -> Vec<Value> {
             false
         })
     };
-    let embedded = |v: Value| m.ty(v).dims().is_some_and(|d| d.len() == 3);
-    inputs.iter().copied().filter(|&v| embedded(v) || looks_up(v)).collect()
+    let embedded = |v: Value| {
+        let float = m.ty(v).elem().is_some_and(Elem::is_float);
+        float && matches!(m.ty(v).dims(), Some([_, s, Dim::Known(_)]) if s.known().is_none())
+    };
+    free(m).filter(|&v| embedded(v) || looks_up(v)).collect()
 }

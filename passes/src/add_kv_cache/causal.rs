@@ -81,6 +81,9 @@ fn masks(m: &Module, main: &HashSet<Value>, context: Op) -> Result<(Op, Vec<(Op,
     }
 }
 
+/// The masks of an attention, each with its value and the view of it that is read.
+type Masks = Vec<(Value, View, Mask)>;
+
 /// The tensors of one run, by value of the built module.
 type Found = HashMap<Value, Tensor>;
 
@@ -98,7 +101,7 @@ pub fn check(
     for &(v, view) in &plan.border {
         wanted.extend(built.values.get(&(v, view)));
     }
-    let mut attentions: Vec<(Op, Vec<(Value, View, Mask)>)> = Vec::new();
+    let mut attentions: Vec<(Op, Masks)> = Vec::new();
     for (&op, views) in &plan.ops {
         let data = &before.ops[op];
         let fused = match data.name.as_str() {

@@ -305,7 +305,7 @@ impl<'a> Planner<'a> {
             return Err("expected one result, found more".into());
         }
         // What else it reads, of which nothing depends on the sequence: the biases of MultiHeadAttention.
-        let other = |i: usize| i > 2 && i != mask && !(i == 3 && !onnx);
+        let other = |i: usize| i > 2 && i != mask && (onnx || i != 3);
         if (0..data.operands.len()).any(|i| other(i) && data.operand(i).is_some()) {
             return Err("expected no operands but Q, K, V, a bias and a mask of the scores".into());
         }

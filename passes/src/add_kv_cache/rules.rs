@@ -114,6 +114,9 @@ pub struct Facts<'a> {
     pub main: &'a HashSet<Value>,
 }
 
+/// A number of steps: a constant, and how often batch and sequence are factors.
+type Steps = (i64, u32, u32);
+
 /// What each operand is to be, or why nothing can be said.
 pub type Rule = Result<Vec<View>, String>;
 
@@ -227,7 +230,7 @@ impl Facts<'_> {
     }
 
     /// The axes along which the sequence lies, with the number of steps of all that is slower.
-    fn sequence_axes(&self, v: Value) -> Result<Vec<(usize, (i64, u32, u32))>, String> {
+    fn sequence_axes(&self, v: Value) -> Result<Vec<(usize, Steps)>, String> {
         let (mut before, mut found) = (Some((1i64, 0u32, 0u32)), Vec::new());
         for (i, size) in self.sizes(v)?.iter().enumerate() {
             if let (Some(Size { fixed, batch, seq: true }), Some((n, b, s))) = (size, before) {
