@@ -13,6 +13,7 @@
 pub mod calibrate;
 pub mod check;
 pub mod cli;
+pub mod compiler;
 pub mod data;
 pub mod driver;
 pub mod env;

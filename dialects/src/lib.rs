@@ -6,6 +6,7 @@
 
 pub mod exec;
 pub mod ir;
+pub mod kernel;
 pub mod kernels;
 pub mod ms;
 pub mod onnx;

@@ -262,7 +262,8 @@ impl OpDef {
 
 /// Every op of this crate.
 pub(crate) fn all() -> impl Iterator<Item = &'static OpDef> {
-    let families = [crate::onnx::FAMILIES, crate::ms::FAMILIES, crate::quant::FAMILIES];
+    let families =
+        [crate::onnx::FAMILIES, crate::ms::FAMILIES, crate::quant::FAMILIES, crate::kernel::FAMILIES];
     families.into_iter().flatten().copied().flatten()
 }
 

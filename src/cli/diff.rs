@@ -84,7 +84,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let given_b = same_inputs(&a, &given.values, &b, args)?;
     let exec = args.with.executor(cx);
     let pairs = pairs(&a, &b);
-    let values = compare(&exec, (&a, &given.values, &args.a), (&b, &given_b, &args.b), &pairs)?;
+    let values = compare(&*exec, (&a, &given.values, &args.a), (&b, &given_b, &args.b), &pairs)?;
     let first = values.iter().position(|d| d.relative > args.tolerance);
     let outputs = a.regions[a.top].results.iter().map(|&v| &*a.values[v].name);
     let found = Found {

@@ -1,5 +1,6 @@
 //! `qcc eval`: perplexity and accuracy of a language model, and its distance from a baseline.
 
+use super::run::With;
 use super::{Context, print, print_json};
 use crate::calibrate::positive;
 use crate::data::tokens::{self, Rows, Take};
@@ -7,7 +8,6 @@ use crate::driver;
 use crate::error::Error;
 use crate::eval::{EvalError, Scores, Subject, evaluate};
 use crate::report::paint::nats;
-use dialects::ir::interp::Interpreter;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
@@ -23,9 +23,8 @@ pub(super) struct Args {
     /// A model to compare with, such as the one before quantization
     #[arg(long, value_name = "MODEL")]
     baseline: Option<PathBuf>,
-    /// Leave out the int8 activations that packed ops of accuracy_level 4 compute with
-    #[arg(long)]
-    exact: bool,
+    #[command(flatten)]
+    with: With,
 }
 
 pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
@@ -34,12 +33,12 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let baseline = args.baseline.as_deref().map(read).transpose()?;
     let take = Take { rows: args.rows.unwrap_or(usize::MAX), len: usize::MAX, random: false, seed: 0 };
     let rows = tokens::read(&args.tokens, take).map_err(|e| Error::Data(e.to_string()))?;
-    let exec = Interpreter::new(cx.registry.ops().clone()).exact(args.exact);
+    let exec = args.with.executor(cx);
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |e: EvalError| Error::Model(format!("{}: {e}", path.display()))
     };
-    let model = Subject::new(&m, &exec, rows.len).map_err(failed(&args.model))?;
+    let model = Subject::new(&m, &*exec, rows.len).map_err(failed(&args.model))?;
     let check = |subject: &Subject, path: &Path| {
         let wrong = |e| Error::Data(format!("{e} ({})", path.display()));
         rows.check(&args.tokens, subject.vocab()).map_err(wrong)
@@ -47,7 +46,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     check(&model, &args.model)?;
     let other = match (&baseline, &args.baseline) {
         (Some(b), Some(path)) => {
-            let other = Subject::new(b, &exec, rows.len).map_err(failed(path))?;
+            let other = Subject::new(b, &*exec, rows.len).map_err(failed(path))?;
             check(&other, path)?;
             Some(other)
         }

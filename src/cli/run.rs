@@ -2,11 +2,13 @@
 
 use super::{Context, painter, print};
 use crate::calibrate::positive;
+use crate::compiler::Worker;
 use crate::data::{inputs, npz};
 use crate::driver;
 use crate::error::Error;
 use crate::files;
 use crate::report::paint::{Table, seconds};
+use codegen::Native;
 use dialects::exec::{ExecError, Executor, run_once};
 use dialects::ir::interp::Interpreter;
 use dialects::ir::{Elem, Module, Value};
@@ -15,6 +17,7 @@ use dialects::ops::Item;
 use dialects::tensor::{Data, Tensor};
 use serde::Serialize;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 #[derive(clap::Args)]
@@ -52,13 +55,17 @@ enum Kind {
     /// The interpreter: the reference
     #[default]
     Interp,
+    /// Machine code for this processor, and the interpreter where there is none (needs a build with the feature mlir)
+    Cpu,
 }
 
 impl With {
     /// The executor asked for.
-    pub(super) fn executor(&self, cx: &Context) -> impl Executor + use<> {
+    pub(super) fn executor(&self, cx: &Context) -> Box<dyn Executor> {
+        let ops = cx.registry.ops().clone();
         match self.executor {
-            Kind::Interp => Interpreter::new(cx.registry.ops().clone()).exact(self.exact),
+            Kind::Interp => Box::new(Interpreter::new(ops).exact(self.exact)),
+            Kind::Cpu => Box::new(Native::new(ops, Arc::new(Worker)).exact(self.exact)),
         }
     }
 }
@@ -93,8 +100,8 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     }
     let exec = args.with.executor(cx);
     let failed = |e: &dyn std::fmt::Display| Error::Model(format!("{}: {e}", args.model.display()));
-    let items = run_once(&exec, &m, &given.values, &wanted).map_err(|e| failed(&e))?;
-    let median = args.repeat.map(|n| median(&exec, &m, &given.values, &wanted, n)).transpose();
+    let items = run_once(&*exec, &m, &given.values, &wanted).map_err(|e| failed(&e))?;
+    let median = args.repeat.map(|n| median(&*exec, &m, &given.values, &wanted, n)).transpose();
     let median = median.map_err(|e| failed(&e))?;
     let mut tensors = Vec::new();
     for (&v, item) in wanted.iter().zip(items) {

@@ -12,7 +12,7 @@ use crate::ops::{EvalCx, Evaluated, Item, OpError, Ops};
 use crate::tensor::Tensor;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// Bytes of decoded constants that a prepared run keeps, unless told otherwise.
 const CONST_BUDGET: u64 = 1 << 30;
@@ -22,11 +22,18 @@ const CONST_BUDGET: u64 = 1 << 30;
 /// a sequence, is bounded as the size of a tensor is.
 pub const MAX_ITERATIONS: u64 = 1 << 20;
 
+/// Ops that something else computes, compiled code for one.
+pub trait Natives: Send + Sync {
+    /// The results of `op` of the top region on these operands; `None` for an op that is the interpreter's.
+    fn call(&self, op: Op, operands: &[Option<Item>]) -> Option<Evaluated>;
+}
+
 /// Runs modules op by op.
 pub struct Interpreter {
     ops: Ops,
     const_budget: u64,
     settings: Settings,
+    natives: Option<Arc<dyn Natives>>,
 }
 
 /// What every op of a run is told.
@@ -40,13 +47,18 @@ impl Interpreter {
     /// An interpreter of these ops.
     pub fn new(ops: Ops) -> Interpreter {
         let settings = Settings { exact: false, max_iterations: MAX_ITERATIONS };
-        Interpreter { ops, const_budget: CONST_BUDGET, settings }
+        Interpreter { ops, const_budget: CONST_BUDGET, settings, natives: None }
     }
 
     /// The same, leaving out the roundings that a runtime may add (see [`EvalCx::exact`]) if `exact`.
     pub fn exact(mut self, exact: bool) -> Interpreter {
         self.settings.exact = exact;
         self
+    }
+
+    /// Leaves to `natives` the ops of the top region that it knows.
+    pub fn natives(self, natives: Arc<dyn Natives>) -> Interpreter {
+        Interpreter { natives: Some(natives), ..self }
     }
 
     /// Keeps at most `bytes` of decoded constants between the ops, and the runs, that read them.
@@ -98,6 +110,7 @@ struct Ready<'m> {
     kept: HashMap<ConstId, OnceLock<Tensor>>,
     /// The bodies that specifications give, where the model calls some.
     bodies: Option<Box<Ready<'static>>>,
+    natives: Option<Arc<dyn Natives>>,
 }
 
 impl Executor for Interpreter {
@@ -110,7 +123,8 @@ impl Executor for Interpreter {
         let mut planner = Planner::new(m, Callees::new(m, &self.ops));
         let given: HashSet<Value> = given.iter().copied().collect();
         let plan = planner.region(m.top, &given, wanted, &m.opsets)?;
-        let mut ready = Ready { plan, given, ..planner.finish(self.settings) };
+        let natives = self.natives.clone();
+        let mut ready = Ready { plan, given, natives, ..planner.finish(self.settings) };
         ready.keep(self.const_budget);
         Ok(Box::new(ready))
     }
@@ -134,7 +148,7 @@ impl<'m> Planner<'m> {
     fn finish(self, settings: Settings) -> Ready<'m> {
         let bodies = self.bodies.map(|b| Box::new(b.finish(settings)));
         let (plan, given, kept) = (Plan::default(), HashSet::new(), HashMap::new());
-        Ready { m: self.m, settings, plan, given, plans: self.plans, kept, bodies }
+        Ready { m: self.m, settings, plan, given, plans: self.plans, kept, bodies, natives: None }
     }
 
     /// What `wanted` need, where `given` are there already.
@@ -369,7 +383,8 @@ impl Ready<'_> {
         let results_of = |r: Region| -> Vec<super::Type> {
             self.m.regions[r].results.iter().map(|&v| self.m.ty(v).clone()).collect()
         };
-        let items = match step.callee {
+        let native = self.natives.as_ref().and_then(|n| n.call(step.op, operands));
+        let items = native.unwrap_or_else(|| match step.callee {
             Callee::Native(def) => (def.eval)(&EvalCx {
                 name: &data.name,
                 attrs: &attrs,
@@ -387,7 +402,7 @@ impl Ready<'_> {
                 Some(bodies) => bodies.call(f, operands, &attrs, &data.results),
                 None => self.call(f, operands, &attrs, &data.results),
             },
-        };
+        });
         let items = items.map_err(fail)?;
         let wanted = data.results.iter().rposition(Option::is_some).map_or(0, |i| i + 1);
         if items.len() < wanted {

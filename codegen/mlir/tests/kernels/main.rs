@@ -1,0 +1,5 @@
+//! Every kernel, compiled and run on random shapes, against the interpreter or arithmetic in float64.
+#![allow(unsafe_code)]
+
+mod harness;
+mod packed;

@@ -1,0 +1,321 @@
+//! Fusion: which ops one kernel does together.
+//!
+//! Ops are visited in program order. An elementwise op joins the kernel of one of its operands if both have the same shape,
+//! that kernel can take it, and no path leads out of that kernel and back in through another operand. What is fused
+//! becomes one `kernel.fused`, whose body holds the ops as they were; so what the interpreter makes of a fused module is what
+//! it makes of the module.
+
+use crate::kernels::{Blob, Buffer, elementwise, pointwise};
+use crate::lower::{self, Anchor};
+use crate::size::Size;
+use crate::target::Target;
+use crate::text::Scalar;
+use dialects::ir::{Attr, Module, Op, OpBuilder, Region, Use, Value, ValueDef, graph};
+use dialects::kernel::FUSED;
+use dialects::tensor::Tensor;
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+/// Sets of groups, by number.
+#[derive(Clone, Default)]
+struct Bits(Vec<u64>);
+
+impl Bits {
+    fn has(&self, i: usize) -> bool {
+        self.0.get(i / 64).is_some_and(|w| w >> (i % 64) & 1 == 1)
+    }
+
+    fn set(&mut self, i: usize) {
+        if self.0.len() <= i / 64 {
+            self.0.resize(i / 64 + 1, 0);
+        }
+        self.0[i / 64] |= 1 << (i % 64);
+    }
+
+    fn join(&mut self, other: &Bits) {
+        if self.0.len() < other.0.len() {
+            self.0.resize(other.0.len(), 0);
+        }
+        self.0.iter_mut().zip(&other.0).for_each(|(a, b)| *a |= b);
+    }
+}
+
+/// Ops that become one kernel, or one op that does not.
+struct Group {
+    ops: Vec<Op>,
+    /// The shape of its loop; `None` for a group that nothing may join.
+    domain: Option<Vec<Size>>,
+    /// What the kernel is made around, if not elementwise ops alone.
+    anchor: Option<Anchor>,
+    /// Whether it becomes a kernel.
+    fused: bool,
+    /// The groups that it needs, and those that they need.
+    needs: Bits,
+}
+
+/// Fuses the top region of `m` for `target`. Values in `keep` stay values of the top region.
+pub fn fuse(m: &mut Module, target: &Target, keep: &HashSet<Value>) {
+    let mut groups: Vec<Group> = Vec::new();
+    let mut of: HashMap<Value, usize> = HashMap::new();
+    for op in m.regions[m.top].ops.clone() {
+        if m.ops[op].result(0).is_some_and(|v| m.const_of(v).is_some()) {
+            continue;
+        }
+        let reads: Vec<Value> = graph::reads(m, op);
+        let needed: BTreeSet<usize> = reads.iter().filter_map(|v| of.get(v).copied()).collect();
+        let at = match join(m, target, op, &groups, &needed) {
+            Some(at) => at,
+            None => {
+                groups.push(start(m, target, op));
+                groups.len() - 1
+            }
+        };
+        let mut needs = std::mem::take(&mut groups[at].needs);
+        for &n in needed.iter().filter(|&&n| n != at) {
+            needs.set(n);
+            needs.join(&groups[n].needs);
+        }
+        for g in groups.iter_mut().filter(|g| g.needs.has(at)) {
+            g.needs.join(&needs);
+        }
+        groups[at].needs = needs;
+        groups[at].ops.push(op);
+        m.ops[op].results.iter().flatten().for_each(|&v| {
+            of.insert(v, at);
+        });
+    }
+    rewrite(m, groups, keep);
+}
+
+fn start(m: &Module, target: &Target, op: Op) -> Group {
+    let domain = m.ops[op].result(0).and_then(|v| Size::shape(m.ty(v)));
+    let anchor = lower::anchor(m, op).filter(|_| domain.is_some());
+    let simple = anchor.is_none() && domain.is_some() && fits(m, target, op, domain.as_deref(), None);
+    let fused = simple || anchor.is_some();
+    Group { ops: Vec::new(), domain: domain.filter(|_| fused), anchor, fused, needs: Bits::default() }
+}
+
+/// Whether `op` is an elementwise op over `domain` that a kernel around `anchor` can take.
+fn fits(m: &Module, target: &Target, op: Op, domain: Option<&[Size]>, anchor: Option<Anchor>) -> bool {
+    let Some(domain) = domain else { return false };
+    let whole = |v: Value| Size::shape(m.ty(v)).is_some_and(|s| s == domain);
+    let meets = |v: Value| {
+        let shape = Size::shape(m.ty(v));
+        let steps = shape.and_then(|s| elementwise::steps(&s, domain));
+        // Dims of one element do not step, and do not count.
+        let counts = |s: Vec<bool>| {
+            let last = s.len().saturating_sub(1);
+            let kept =
+                s.iter().zip(domain).enumerate().filter(|(i, (_, d))| *i == last || **d != Size::Known(1));
+            kept.map(|(_, (&s, _))| s).collect::<Vec<_>>()
+        };
+        steps.is_some_and(|s| anchor.is_none_or(|a| a.takes(&counts(s))))
+    };
+    pointwise::supports(m, target, op)
+        && m.ops[op].results.iter().flatten().all(|&v| whole(v))
+        && m.ops[op].operands.iter().flatten().all(|&v| meets(v))
+}
+
+/// The group of an operand that `op` joins.
+fn join(m: &Module, target: &Target, op: Op, groups: &[Group], needed: &BTreeSet<usize>) -> Option<usize> {
+    needed.iter().rev().copied().find(|&at| {
+        let g = &groups[at];
+        let back = needed.iter().any(|&n| n != at && groups[n].needs.has(at));
+        g.fused && !back && fits(m, target, op, g.domain.as_deref(), g.anchor)
+    })
+}
+
+/// Puts the groups in order and makes kernels of those that are to be.
+fn rewrite(m: &mut Module, groups: Vec<Group>, keep: &HashSet<Value>) {
+    let top = m.top;
+    let mut order: Vec<usize> = (0..groups.len()).collect();
+    // A group comes after all it needs: it needs more than each of them does.
+    let count = |g: &Group| g.needs.0.iter().map(|w| w.count_ones()).sum::<u32>();
+    order.sort_by_key(|&i| (count(&groups[i]), i));
+    let constants: Vec<Op> = m.regions[top]
+        .ops
+        .iter()
+        .copied()
+        .filter(|&op| m.ops[op].result(0).is_some_and(|v| m.const_of(v).is_some()))
+        .collect();
+    let uses = m.uses();
+    let mut outside: HashSet<Value> = keep.clone();
+    outside.extend(m.regions[top].results.iter().copied());
+    let group_of: HashMap<Op, usize> =
+        groups.iter().enumerate().flat_map(|(i, g)| g.ops.iter().map(move |&op| (op, i))).collect();
+    for v in m.values.keys() {
+        let Some((def, _)) = m.def_op(v) else { continue };
+        let Some(own) = group_of.get(&def) else { continue };
+        let leaves = |u: &Use| !matches!(u, Use::Operand(op, _) if group_of.get(op) == Some(own));
+        if uses.of(v).iter().any(leaves) {
+            outside.insert(v);
+        }
+    }
+    m.regions[top].ops = constants;
+    for i in order {
+        let g = &groups[i];
+        match g.fused {
+            true => outline(m, &g.ops, &outside),
+            false => m.regions[top].ops.extend(&g.ops),
+        }
+    }
+}
+
+/// Moves `ops` into the body of a `kernel.fused` at the end of the top region.
+fn outline(m: &mut Module, ops: &[Op], outside: &HashSet<Value>) {
+    let top = m.top;
+    let body = m.add_region(None);
+    let inside: HashSet<Value> =
+        ops.iter().flat_map(|&op| m.ops[op].results.iter().flatten().copied()).collect();
+    let mut operands: Vec<Value> = Vec::new();
+    for &op in ops {
+        for v in graph::reads(m, op) {
+            if !inside.contains(&v) && m.const_of(v).is_none() && !operands.contains(&v) {
+                operands.push(v);
+            }
+        }
+    }
+    let mut map: HashMap<Value, Value> = HashMap::new();
+    for &v in &operands {
+        let ty = m.ty(v).clone();
+        let arg = m.add_arg(body, "", ty);
+        map.insert(v, arg);
+    }
+    let mut results = Vec::new();
+    for &op in ops {
+        let data = m.ops[op].clone();
+        let operands = data.operands.iter().map(|v| v.map(|v| map.get(&v).copied().unwrap_or(v)));
+        let mut b =
+            OpBuilder::named(data.name, &data.loc).node(data.node).attrs(data.attrs).operands(operands);
+        for r in &data.results {
+            b = match r {
+                Some(v) => b.result(m.ty(*v).clone()),
+                None => b.no_result(),
+            };
+        }
+        let copy = m.push(body, b);
+        for (old, new) in data.results.iter().zip(m.ops[copy].results.clone()) {
+            if let (Some(old), Some(new)) = (old, new) {
+                map.insert(*old, new);
+                if outside.contains(old) {
+                    results.push((*old, new));
+                }
+            }
+        }
+    }
+    m.regions[body].results = results.iter().map(|r| r.1).collect();
+    let loc = m.ops[ops[0]].loc.clone();
+    let fused = m.push(top, OpBuilder::new(FUSED, &loc).operands(operands).attr("body", Attr::Graph(body)));
+    m.regions[body].parent = Some(fused);
+    for (i, (v, _)) in results.iter().enumerate() {
+        m.values[*v].def = ValueDef::Result(fused, i);
+    }
+    m.ops[fused].results = results.iter().map(|r| Some(r.0)).collect();
+}
+
+/// A `kernel.fused`, as those see it who lower it.
+pub struct Fused<'m> {
+    /// The module.
+    pub module: &'m Module,
+    /// The op.
+    pub op: Op,
+    body: Region,
+    pointwise: Vec<Op>,
+    anchor: Option<Op>,
+}
+
+impl<'m> Fused<'m> {
+    /// The op `op` of `module`, if it is one.
+    pub fn of(module: &'m Module, op: Op) -> Option<Fused<'m>> {
+        let data = &module.ops[op];
+        let body = data.is(FUSED).then(|| data.attrs.graph("body"))??;
+        let ops = &module.regions[body].ops;
+        let anchor = ops.first().copied().filter(|&op| lower::anchor(module, op).is_some());
+        let pointwise = ops.iter().copied().filter(|&op| Some(op) != anchor).collect();
+        Some(Fused { module, op, body, pointwise, anchor })
+    }
+
+    /// The source node that the kernel is named after: that of the anchor, or of the first op.
+    pub fn node(&self) -> String {
+        let op = self.anchor.or(self.pointwise.first().copied()).unwrap_or(self.op);
+        self.module.ops[op].loc.to_string()
+    }
+
+    /// The op that the kernel is made around.
+    pub fn anchor(&self) -> Option<Op> {
+        self.anchor
+    }
+
+    /// The elementwise ops, in order.
+    pub fn pointwise(&self) -> &[Op] {
+        &self.pointwise
+    }
+
+    /// What comes out, as values of the body.
+    pub fn results(&self) -> &'m [Value] {
+        &self.module.regions[self.body].results
+    }
+
+    /// The shape of the loop.
+    pub fn domain(&self) -> Option<Vec<Size>> {
+        let op = self.anchor.or(self.pointwise.first().copied())?;
+        self.shape(self.module.ops[op].result(0)?)
+    }
+
+    /// The shape of a value.
+    pub fn shape(&self, v: Value) -> Option<Vec<Size>> {
+        Size::shape(self.module.ty(v))
+    }
+
+    /// The type of a value's elements in a register.
+    pub fn register(&self, v: Value) -> Scalar {
+        let elem = self.module.ty(v).elem().expect("a tensor");
+        pointwise::register(elem).expect("checked when it was fused")
+    }
+
+    /// A constant of one element, which kernels hold in their code.
+    pub fn number(&self, v: Value) -> Option<f64> {
+        let data = &self.module.consts[self.module.const_of(v)?];
+        if data.count() != 1 {
+            return None;
+        }
+        let t = Tensor::from_const(data).ok()?;
+        match t.i64s() {
+            Ok(n) => Some(n[0] as f64).filter(|&x| x as i64 == n[0]),
+            Err(_) => t.to_f32().ok().map(|x| f64::from(x[0])).or_else(|| {
+                t.bools()
+                    .ok()
+                    .map(|b| f64::from(u8::from(b[0])))
+                    .or_else(|| t.to_i64().ok().map(|n| n[0] as f64))
+            }),
+        }
+    }
+
+    /// What the elementwise ops read from memory: the inputs of the body, and constants of more than one element.
+    pub fn operands(&self) -> Vec<Value> {
+        let made: HashSet<Value> = self.module.regions[self.body]
+            .ops
+            .iter()
+            .flat_map(|&op| self.module.ops[op].results.iter().flatten().copied())
+            .collect();
+        let mut out = Vec::new();
+        for &op in &self.pointwise {
+            for &v in self.module.ops[op].operands.iter().flatten() {
+                if !made.contains(&v) && self.number(v).is_none() && !out.contains(&v) {
+                    out.push(v);
+                }
+            }
+        }
+        out
+    }
+
+    /// The buffer of a value that is read from memory: an operand, or a constant, which becomes a blob.
+    pub fn buffer(&self, v: Value, blobs: &mut Vec<Blob>) -> Option<Buffer> {
+        if let Some(i) = self.module.regions[self.body].args.iter().position(|&a| a == v) {
+            return Some(Buffer::Operand(i));
+        }
+        let data = &self.module.consts[self.module.const_of(v)?];
+        let t = Tensor::from_const(data).ok()?;
+        blobs.push(Blob { bytes: crate::memory::bytes(&t)?.to_vec().into() });
+        Some(Buffer::Blob(blobs.len() - 1))
+    }
+}

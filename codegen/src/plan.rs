@@ -1,0 +1,337 @@
+//! Memory planned ahead: where every value of a compiled model lies, for the largest sizes that it is built for.
+//!
+//! All intermediate values and temporaries share one arena. A value's place is free again after the last step that reads
+//! it; a new one takes the lowest place where it fits (first fit, in the order of the steps).
+
+use crate::fuse::{self, Fused};
+use crate::kernels::{Blob, Buffer, Kernel, Lowered};
+use crate::{Size, Target, lower, memory};
+use dialects::ir::{Elem, Module, Op, Value, infer};
+use dialects::kernel::FUSED;
+use dialects::ops::Ops;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use thiserror::Error;
+
+/// Buffers begin at multiples of a cache line.
+const ALIGN: u64 = 64;
+
+/// Why a model cannot be compiled as a whole.
+#[derive(Clone, Debug, Error)]
+pub enum PlanError {
+    /// Ops that no kernel does.
+    #[error("no kernel for {}", list(ops))]
+    NoKernel {
+        /// The ops, with their source nodes.
+        ops: Vec<(String, String)>,
+    },
+    /// A dim of an input without a bound.
+    #[error("the dim {dim:?} has no bound, expected the greatest size to build for")]
+    Unbounded {
+        /// The dim.
+        dim: String,
+    },
+    /// A value whose type is not known well enough, or not one that kernels know.
+    #[error("{value:?} has type {ty}, expected a tensor of f32, i64, i32 or bool with known or named dims")]
+    Type {
+        /// The value.
+        value: String,
+        /// Its type.
+        ty: String,
+    },
+    /// Sizes beyond what can be counted.
+    #[error("the model is too large at these bounds")]
+    TooLarge,
+}
+
+fn list(ops: &[(String, String)]) -> String {
+    let shown: Vec<String> = ops.iter().take(8).map(|(op, node)| format!("{op} at node {node:?}")).collect();
+    let more = ops.len().saturating_sub(8);
+    let tail = if more > 0 { format!(" and {more} more") } else { String::new() };
+    shown.join(", ") + &tail
+}
+
+/// Where a buffer begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The input of this number.
+    Input(usize),
+    /// The output of this number.
+    Output(usize),
+    /// So far into the arena.
+    Arena(u64),
+    /// So far into the weights.
+    Weights(u64),
+}
+
+/// A kernel called on all its units.
+#[derive(Clone, Debug)]
+pub struct PlannedStep {
+    /// The kernel's name.
+    pub kernel: String,
+    /// The source node of the first op that it does.
+    pub node: String,
+    /// Its buffers.
+    pub buffers: Vec<Place>,
+    /// Its sizes.
+    pub dims: Vec<Size>,
+    /// Its units.
+    pub units: Size,
+    /// What a unit takes.
+    pub work: Size,
+}
+
+/// An input or output.
+#[derive(Clone, Debug)]
+pub struct Port {
+    /// The name.
+    pub name: String,
+    /// The element type.
+    pub elem: Elem,
+    /// The dims.
+    pub shape: Vec<Size>,
+}
+
+/// A whole model, ready to be emitted.
+pub struct Plan {
+    /// Inputs in order.
+    pub inputs: Vec<Port>,
+    /// Outputs in order.
+    pub outputs: Vec<Port>,
+    /// Named dims, each with its bound, sorted by name.
+    pub dims: Vec<(String, u64)>,
+    /// Kernels, each once.
+    pub kernels: Vec<Kernel>,
+    /// Steps in order.
+    pub steps: Vec<PlannedStep>,
+    /// Bytes of the arena.
+    pub arena: u64,
+    /// Constant bytes, each with its place.
+    pub blobs: Vec<(u64, Blob)>,
+    /// Bytes of all of them.
+    pub weights: u64,
+}
+
+fn align(n: u64) -> Option<u64> {
+    n.checked_next_multiple_of(ALIGN)
+}
+
+/// Places in the arena that are taken.
+#[derive(Default)]
+struct Arena {
+    /// Start and end, sorted.
+    taken: Vec<(u64, u64)>,
+    top: u64,
+}
+
+impl Arena {
+    fn take(&mut self, bytes: u64) -> Option<u64> {
+        let bytes = align(bytes.max(1))?;
+        let mut at = 0;
+        let mut slot = self.taken.len();
+        for (i, &(from, to)) in self.taken.iter().enumerate() {
+            if from - at >= bytes {
+                slot = i;
+                break;
+            }
+            at = to;
+        }
+        let end = at.checked_add(bytes)?;
+        self.taken.insert(slot, (at, end));
+        self.top = self.top.max(end);
+        Some(at)
+    }
+
+    fn free(&mut self, at: u64) {
+        self.taken.retain(|t| t.0 != at);
+    }
+}
+
+/// Ops that only look at their operand's elements in another shape.
+const VIEWS: [&str; 5] = ["onnx.Reshape", "onnx.Unsqueeze", "onnx.Squeeze", "onnx.Flatten", "onnx.Identity"];
+
+/// Plans `m` for `target`. `bound` gives the greatest size of a named dim.
+pub fn plan(
+    m: &Module,
+    ops: &Ops,
+    target: &Target,
+    bound: &dyn Fn(&str) -> Option<u64>,
+) -> Result<Plan, PlanError> {
+    let mut m = m.clone();
+    infer::infer(&mut m, ops);
+    fuse::fuse(&mut m, target, &HashSet::new());
+    let m = &m;
+    let mut dims: BTreeMap<String, u64> = BTreeMap::new();
+    let port = |v: Value| -> Result<Port, PlanError> {
+        let data = &m.values[v];
+        let wrong = || PlanError::Type { value: data.name.to_string(), ty: data.ty.to_string() };
+        let elem = data.ty.elem().filter(|&e| memory::size(e).is_some()).ok_or_else(wrong)?;
+        let shape = Size::shape(&data.ty).ok_or_else(wrong)?;
+        Ok(Port { name: data.name.to_string(), elem, shape })
+    };
+    let args = m.regions[m.top].args.iter().copied().filter(|&v| m.const_of(v).is_none());
+    let args: Vec<Value> = args.collect();
+    let inputs: Vec<Port> = args.iter().map(|&v| port(v)).collect::<Result<_, _>>()?;
+    let outputs: Vec<Port> = m.regions[m.top].results.iter().map(|&v| port(v)).collect::<Result<_, _>>()?;
+    for size in inputs.iter().flat_map(|p| &p.shape) {
+        if let Size::Dim(name) = size {
+            let bound = bound(name).ok_or_else(|| PlanError::Unbounded { dim: name.clone() })?;
+            dims.insert(name.clone(), bound);
+        }
+    }
+    let lowered = lower_all(m, target)?;
+    let bytes = |v: Value| -> Result<u64, PlanError> {
+        let p = port(v)?;
+        let unit = memory::size(p.elem).ok_or(PlanError::TooLarge)?;
+        let count = Size::product(&p.shape).eval(&|d| dims.get(d).copied()).ok_or(PlanError::TooLarge)?;
+        count.checked_mul(unit).ok_or(PlanError::TooLarge)
+    };
+    let mut out = Plan {
+        inputs,
+        outputs,
+        dims: dims.clone().into_iter().collect(),
+        kernels: Vec::new(),
+        steps: Vec::new(),
+        arena: 0,
+        blobs: Vec::new(),
+        weights: ALIGN,
+    };
+    place(m, &args, lowered, &bytes, &dims, &mut out)?;
+    Ok(out)
+}
+
+/// The kernels of every op that computes anything.
+fn lower_all(m: &Module, target: &Target) -> Result<Vec<(Op, Option<Lowered>)>, PlanError> {
+    let mut left = Vec::new();
+    let mut out = Vec::new();
+    let mut needed: HashSet<Value> = m.regions[m.top].results.iter().copied().collect();
+    for &op in m.regions[m.top].ops.iter().rev() {
+        let data = &m.ops[op];
+        if !data.results.iter().flatten().any(|v| needed.contains(v)) {
+            continue;
+        }
+        if data.result(0).is_some_and(|v| m.const_of(v).is_some()) {
+            continue;
+        }
+        let known = |v: Value| Size::shape(m.ty(v)).is_some();
+        if VIEWS.contains(&data.name.as_str()) && data.result(0).is_some_and(known) {
+            needed.extend(data.operand(0));
+            out.push((op, None));
+            continue;
+        }
+        needed.extend(data.operands.iter().flatten());
+        match lower::lower(m, op, target) {
+            Some(l) => out.push((op, Some(l))),
+            None => {
+                let inner = data.attrs.graph("body").filter(|_| data.is(FUSED));
+                let ops = inner.map_or(vec![op], |b| m.regions[b].ops.clone());
+                left.extend(ops.iter().map(|&op| (m.ops[op].name.to_string(), m.ops[op].loc.to_string())));
+            }
+        }
+    }
+    left.reverse();
+    out.reverse();
+    if left.is_empty() { Ok(out) } else { Err(PlanError::NoKernel { ops: left }) }
+}
+
+/// Gives every value its place, and makes the steps.
+fn place(
+    m: &Module,
+    args: &[Value],
+    lowered: Vec<(Op, Option<Lowered>)>,
+    bytes: &dyn Fn(Value) -> Result<u64, PlanError>,
+    dims: &BTreeMap<String, u64>,
+    out: &mut Plan,
+) -> Result<(), PlanError> {
+    // A view is the value it looks at.
+    let mut root: HashMap<Value, Value> = HashMap::new();
+    for (op, l) in &lowered {
+        if let (None, Some(from), Some(to)) = (l, m.ops[*op].operand(0), m.ops[*op].result(0)) {
+            root.insert(to, *root.get(&from).unwrap_or(&from));
+        }
+    }
+    let of = |v: Value| *root.get(&v).unwrap_or(&v);
+    let mut last: HashMap<Value, usize> = HashMap::new();
+    for (i, (op, _)) in lowered.iter().enumerate() {
+        for &v in m.ops[*op].operands.iter().flatten() {
+            last.insert(of(v), i);
+        }
+    }
+    let mut places: HashMap<Value, Place> =
+        args.iter().enumerate().map(|(i, &v)| (v, Place::Input(i))).collect();
+    let results = &m.regions[m.top].results;
+    let mut known: HashMap<String, u64> = HashMap::new();
+    let mut blobs: HashMap<blake3::Hash, u64> = HashMap::new();
+    let mut arena = Arena::default();
+    for (i, (op, l)) in lowered.into_iter().enumerate() {
+        let data = &m.ops[op];
+        let Some(l) = l else { continue };
+        for &v in data.results.iter().flatten() {
+            let output = results.iter().position(|&r| of(r) == v);
+            let at = match output {
+                Some(o) => Place::Output(o),
+                None => Place::Arena(arena.take(bytes(v)?).ok_or(PlanError::TooLarge)?),
+            };
+            places.insert(v, at);
+        }
+        let temps = l.temps.iter().map(|t| {
+            let size = t.eval(&|d| dims.get(d).copied()).ok_or(PlanError::TooLarge)?;
+            arena.take(size).ok_or(PlanError::TooLarge)
+        });
+        let temps: Vec<u64> = temps.collect::<Result<_, _>>()?;
+        let mut own = Vec::new();
+        for blob in l.blobs {
+            let hash = blake3::hash(&blob.bytes);
+            let at = match blobs.get(&hash) {
+                Some(&at) => at,
+                None => {
+                    let at = out.weights;
+                    let size = align(blob.bytes.len() as u64).ok_or(PlanError::TooLarge)?;
+                    out.weights = at.checked_add(size).ok_or(PlanError::TooLarge)?;
+                    blobs.insert(hash, at);
+                    out.blobs.push((at, blob));
+                    at
+                }
+            };
+            own.push(at);
+        }
+        let fused = Fused::of(m, op);
+        for s in l.steps {
+            let buffers = s.buffers.iter().map(|b| match b {
+                Buffer::Operand(i) => {
+                    places[&of(data.operands[*i].expect("a kernel's operands are all there"))]
+                }
+                Buffer::Result(i) => places[&data.results[*i].expect("a kernel's results are all there")],
+                Buffer::Blob(i) => Place::Weights(own[*i]),
+                Buffer::Temp(i) => Place::Arena(temps[*i]),
+            });
+            out.steps.push(PlannedStep {
+                kernel: s.kernel.name.clone(),
+                node: fused.as_ref().map_or_else(|| data.loc.to_string(), |f| f.node()),
+                buffers: buffers.collect(),
+                dims: s.dims,
+                units: s.units,
+                work: s.work,
+            });
+            if known.insert(s.kernel.name.clone(), 1).is_none() {
+                out.kernels.push(s.kernel);
+            }
+        }
+        temps.into_iter().for_each(|at| arena.free(at));
+        for (&v, _) in last.iter().filter(|(_, l)| **l == i) {
+            if let Some(Place::Arena(at)) = places.get(&v) {
+                arena.free(*at);
+            }
+        }
+    }
+    // What comes out without being computed has no kernel that would write it.
+    let computed = |v: &Value| matches!(places.get(&of(*v)), Some(Place::Output(_)));
+    let mut seen = HashSet::new();
+    if let Some(&v) = results.iter().find(|v| !computed(v) || !seen.insert(of(**v))) {
+        let name = m.value_label(v);
+        return Err(PlanError::NoKernel {
+            ops: vec![("an output that is an input, a constant or twice".into(), name)],
+        });
+    }
+    out.arena = arena.top.max(ALIGN);
+    Ok(())
+}
