@@ -96,7 +96,13 @@ impl Pass for AddKvCache {
             let built = build::build(&mut new, &found);
             infer::infer(&mut new, cx.ops);
             causal::check(m, &main, &sizes, found.plan, &new, &built, cx.ops).map_err(fail)?;
-            cx.count("attentions with a cache", found.plan.layers.len() as u64);
+            let layers = found.plan.layers.len();
+            cx.count("attentions with a cache", layers as u64);
+            let whole = inputs.iter().filter(|v| !rows.contains(v)).map(|&v| new.value_label(v));
+            let whole: Vec<String> =
+                whole.map(|v| format!("; {v} is given for past and new positions")).collect();
+            cx.report
+                .note(format!("{NAME}: keys and values of {layers} attentions are kept{}", whole.concat()));
             crate::dce::sweep(&mut new);
             *m = new;
             return Ok(Changed::Yes);

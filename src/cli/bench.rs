@@ -99,20 +99,25 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let modules = paths.iter().map(|path| driver::read(path, &cx.registry, &cx.term));
     let modules: Vec<Module> = modules.collect::<Result<_, _>>()?;
     let streamed: Vec<(u64, u64)> = modules.iter().map(weights).collect();
-    let read_bandwidth = bandwidth(streamed[0].1);
     let exec = args.with.executor(cx);
     let mut models = Vec::new();
     for (i, path) in paths.iter().enumerate() {
         let baseline = (i == 0).then(|| Some((modules.get(1)?, *paths.get(1)?))).flatten();
         let scores = match (&rows, &args.tokens) {
-            (Some(rows), Some(from)) => Some(scores(&modules[i], path, baseline, rows, from, &exec, cx)?),
+            (Some(rows), Some(from)) => Some(scores(&modules[i], path, baseline, rows, from, &*exec, cx)?),
             _ => None,
         };
         let timed = cached(modules[i].clone(), &cx.registry, cx.term)?;
-        models.push(time(args, &timed, path, rows.as_ref(), &exec, scores, streamed[i], read_bandwidth)?);
+        models.push(time(args, &timed, path, rows.as_ref(), &*exec, scores, streamed[i])?);
+    }
+    // Only now, since the loops need memory too.
+    let peak_memory = peak_memory();
+    let read_bandwidth = bandwidth(streamed[0].1);
+    for m in &mut models {
+        m.share_of_bandwidth = m.bytes_per_token as f64 / m.decode_seconds / read_bandwidth;
     }
     let threads = rayon::current_num_threads();
-    let found = Found { threads, read_bandwidth, models, peak_memory: peak_memory() };
+    let found = Found { threads, read_bandwidth, models, peak_memory };
     if cx.json {
         return print_json(&found);
     }
@@ -141,7 +146,6 @@ fn scores(
     evaluate(&model, other.as_ref(), rows, &*task).map_err(|e| failed(path, &e))
 }
 
-#[allow(clippy::too_many_arguments)]
 fn time(
     args: &Args,
     m: &Module,
@@ -150,7 +154,6 @@ fn time(
     exec: &dyn Executor,
     scores: Option<Scores>,
     (weight_bytes, bytes_per_token): (u64, u64),
-    bandwidth: f64,
 ) -> Result<Figures, Error> {
     let failed = |e: &dyn std::fmt::Display| Error::Model(format!("{}: {e}", path.display()));
     let mut decoder = Decoder::new(m, exec).map_err(|e| failed(&e))?;
@@ -197,7 +200,7 @@ fn time(
         decode_tokens: args.decode,
         decode_seconds,
         tokens_per_second: 1.0 / decode_seconds,
-        share_of_bandwidth: bytes_per_token as f64 / decode_seconds / bandwidth,
+        share_of_bandwidth: 0.0,
     })
 }
 

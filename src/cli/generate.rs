@@ -123,7 +123,7 @@ pub(super) fn run(args: &Args, cx: &Context) -> Result<(), Error> {
     let m = cached(driver::read(&args.model, &cx.registry, &cx.term)?, &cx.registry, cx.term)?;
     let exec = args.with.executor(cx);
     let failed = |e: &dyn std::fmt::Display| Error::Model(format!("{}: {e}", args.model.display()));
-    let mut decoder = Decoder::new(&m, &exec).map_err(|e| failed(&e))?;
+    let mut decoder = Decoder::new(&m, &*exec).map_err(|e| failed(&e))?;
     let known = tokenizer.as_ref().map(|t| t.get_vocab_size(true));
     let fits = |vocab: usize, what: &str| -> Result<(), Error> {
         let message = match (known, prompt.iter().max()) {

@@ -162,7 +162,7 @@ fn last(logits: Option<&Tensor>, new: usize) -> Result<Vec<f32>, StepError> {
     let shape = logits.map(|t| t.shape().to_vec()).unwrap_or_default();
     let wrong = || StepError::Logits { new, found: shape.clone() };
     match (logits, &shape[..]) {
-        (Some(t), [1, n, vocab]) if *n == new && *vocab > 0 => {
+        (Some(t), [1, n, vocab]) if *n == new && new > 0 && *vocab > 0 => {
             let all = t.to_f32().map_err(|_| wrong())?;
             Ok(all[(n - 1) * vocab..].to_vec())
         }

@@ -54,14 +54,15 @@ class AddKvCache(unittest.TestCase):
         self.addCleanup(self.folder.cleanup)
         self.dir = pathlib.Path(self.folder.name)
 
-    def agrees(self, model, before="", rows=2, length=24, vocabulary=512, heads=None, ids=None):
-        """With and without a cache, `model` after the passes `before` is the same; returns the session of the former."""
+    def agrees(self, model, before="", after="", rows=2, length=24, vocabulary=512, heads=None, ids=None):
+        """With and without a cache, `model` after the passes `before` is the same, and other passes may come `after`;
+        returns the session with the cache."""
         plain, cached = model, self.dir / "cached.onnx"
         if before:
             plain = self.dir / "plain.onnx"
             # Codes of activations jump where their last bits do: those of packed ops are left out.
             qcc(model, "--pass", before, "--profile", "ort-cpu-exact", "-o", plain)
-        qcc(plain, "--pass", "add-kv-cache", "-o", cached)
+        qcc(plain, "--pass", "add-kv-cache" + after, "-o", cached)
         whole, s = session(plain), session(cached)
         if ids is None:
             ids = np.random.default_rng(0).integers(0, vocabulary, (rows, length))
@@ -87,6 +88,11 @@ class AddKvCache(unittest.TestCase):
         names = [i.name for i in s.get_inputs()][-8:]
         self.assertEqual(names, [f"past_key_values.{i}.{part}" for i in range(4) for part in ["key", "value"]])
         self.assertEqual(s.get_inputs()[1].shape[1], "total_sequence_length")
+
+    def test_passes_behind_it(self):
+        for after in [",canonicalize", ",canonicalize,fuse", ",canonicalize,raise-opset{version=23},fuse"]:
+            with self.subTest(after):
+                self.agrees(TINY, after=after, vocabulary=4096, heads=2)
 
     def test_tinylm_quantized(self):
         for before in ["awq{grid=2,clip=false},pack-int4", "canonicalize,fuse,rtn,pack-int4", "rtn,pack-qdq"]:

@@ -215,7 +215,7 @@ fn part(large: &Tensor, start: &[usize], small: &Tensor) -> bool {
     if large.rank() != small.rank() || large.elem() != small.elem() {
         return false;
     }
-    let (Ok(a), Ok(b)) = (numbers(large), numbers(small)) else { return true };
+    let (Ok(a), Ok(b)) = (numbers(large), numbers(small)) else { return false };
     let fits = (0..start.len()).all(|i| start[i] + small.shape()[i] <= large.shape()[i]);
     fits && (0..small.len()).all(|i| {
         let (mut rest, mut at, mut step) = (i, 0, 1);

@@ -109,7 +109,7 @@ pub fn dependence(m: &Module, inputs: &[Value], rows: &HashSet<Value>) -> (HashS
 }
 
 /// More axes than a tensor has.
-const LAST: usize = 64;
+const LAST: usize = super::rules::RANK;
 
 /// What the search for a plan works with.
 pub struct Planner<'a> {
@@ -250,8 +250,8 @@ impl<'a> Planner<'a> {
         }
         let main = data.results.iter().flatten().any(|v| self.facts.main.contains(v));
         let emit = match data.name.as_str() {
-            "onnx.Attention" if main => self.attention(op, 3, [4, 5])?,
-            "com.microsoft.MultiHeadAttention" if main => self.attention(op, 5, [6, 7])?,
+            "onnx.Attention" if main => self.attention(op, view, 3, [4, 5])?,
+            "com.microsoft.MultiHeadAttention" if main => self.attention(op, view, 5, [6, 7])?,
             _ => {
                 let operands = match main || view != WHOLE {
                     true => self.facts.operands(op, view)?,
@@ -298,9 +298,12 @@ impl<'a> Planner<'a> {
     }
 
     /// An op that is attention as a whole: Q, K, V, and a mask at operand `mask`.
-    fn attention(&self, op: Op, mask: usize, past: [usize; 2]) -> Result<Emit, String> {
+    fn attention(&self, op: Op, view: View, mask: usize, past: [usize; 2]) -> Result<Emit, String> {
         let data = &self.facts.m.ops[op];
         let onnx = data.is("onnx.Attention");
+        if view == WHOLE {
+            return Err("all positions of its result are read".into());
+        }
         if data.results.iter().skip(1).any(Option::is_some) {
             return Err("expected one result, found more".into());
         }

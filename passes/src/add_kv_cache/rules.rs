@@ -14,10 +14,13 @@ pub type View = u64;
 /// The op reads the whole length of everything.
 pub const WHOLE: View = 0;
 
-/// The view with the axis `i` cut.
+/// The view with the axis `i` cut; none has more axes than a view has bits.
 pub fn axis(i: usize) -> View {
-    1 << i
+    if i < RANK { 1 << i } else { 0 }
 }
+
+/// Axes that a value has at most, of which anything can be said.
+pub const RANK: usize = View::BITS as usize;
 
 /// Ops each of whose elements depends on one element of every operand, broadcast.
 const ELEMENTWISE: &[&str] = &[
@@ -209,7 +212,7 @@ impl Facts<'_> {
         let rank = self.sizes(y)?.len();
         let default: Vec<i64> = (0..rank as i64).rev().collect();
         let perm = data.attrs.ints("perm").unwrap_or(&default);
-        let from = |(i, &p): (usize, &i64)| if out & axis(i) != 0 { axis(p as usize) } else { 0 };
+        let from = |(i, &p): (usize, &i64)| if out & axis(i) != 0 { axis(place(p, rank)) } else { 0 };
         Ok(vec![perm.iter().enumerate().map(from).fold(WHOLE, |a, b| a | b)])
     }
 

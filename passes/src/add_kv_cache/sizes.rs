@@ -1,6 +1,7 @@
 //! How long every axis is, in terms of the batch and of the sequence: found by inferring types at several small
 //! sizes, so that no shape arithmetic of the exporter has to be understood.
 
+use super::rules::RANK;
 use dialects::ir::{Dim, Module, Type, Value, infer};
 use dialects::ops::Ops;
 use std::collections::HashMap;
@@ -71,7 +72,7 @@ impl Sizes {
         let sizes = m.values.keys().filter_map(|v| {
             let dims: Vec<&[Dim]> = probes.iter().map(|p| p.ty(v).dims()).collect::<Option<_>>()?;
             let rank = dims[0].len();
-            if dims.iter().any(|d| d.len() != rank) {
+            if rank > RANK || dims.iter().any(|d| d.len() != rank) {
                 return None;
             }
             let axis = |i: usize| {
