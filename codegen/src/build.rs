@@ -3,8 +3,8 @@
 use crate::kernels::{Kernel, module};
 use crate::{CompileError, Compiler, Form, Request, Target, link};
 use rayon::prelude::*;
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 /// The shared library `out` of `kernels`, whose intermediate files go into `scratch`. The names of what is in it, sorted.
 pub fn library(
@@ -14,11 +14,22 @@ pub fn library(
     scratch: &Path,
     out: &Path,
 ) -> Result<Vec<String>, CompileError> {
+    let names: BTreeSet<&str> = kernels.iter().map(|k| k.name.as_str()).collect();
+    link::shared_library(&objects(kernels, target, compiler, scratch)?, out, target)?;
+    Ok(names.into_iter().map(str::to_owned).collect())
+}
+
+/// Objects of `kernels` in `scratch`.
+pub fn objects(
+    kernels: &[&Kernel],
+    target: &Target,
+    compiler: &dyn Compiler,
+    scratch: &Path,
+) -> Result<Vec<PathBuf>, CompileError> {
     let distinct: BTreeMap<&str, &Kernel> = kernels.iter().map(|k| (k.name.as_str(), *k)).collect();
-    let names: Vec<String> = distinct.keys().map(|&n| n.to_owned()).collect();
     let distinct: Vec<&Kernel> = distinct.into_values().collect();
     let part = distinct.len().div_ceil(rayon::current_num_threads()).max(1);
-    let objects: Vec<_> = distinct
+    distinct
         .par_chunks(part)
         .enumerate()
         .map(|(i, kernels)| {
@@ -29,7 +40,5 @@ pub fn library(
                 .map_err(|e| CompileError::Missing(format!("cannot write {}: {e}", path.display())))?;
             Ok(path)
         })
-        .collect::<Result<_, CompileError>>()?;
-    link::shared_library(&objects, out, target)?;
-    Ok(names)
+        .collect()
 }

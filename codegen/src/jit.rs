@@ -133,9 +133,6 @@ struct NativeOp {
     results: Vec<(Elem, Vec<Size>)>,
 }
 
-/// Work below which another thread is not woken.
-const GRAIN: u64 = 1 << 15;
-
 /// The compiled ops of a module.
 pub struct Compiled {
     ops: HashMap<Op, NativeOp>,
@@ -212,9 +209,9 @@ impl NativeOp {
             let sizes: Vec<i64> =
                 step.dims.iter().map(|s| Ok(eval(s)? as i64)).collect::<Result<_, OpError>>()?;
             let units = eval(&step.units)? as usize;
-            let grain = GRAIN.div_ceil(eval(&step.work)?.max(1)) as usize;
+            let work = eval(&step.work)?;
             if units > 0 {
-                let call = Call { kernel: step.kernel, buffers: &buffers, dims: &sizes, units, grain };
+                let call = Call { kernel: step.kernel, buffers: &buffers, dims: &sizes, units, work };
                 run(kernels, &call);
             }
         }

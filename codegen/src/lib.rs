@@ -3,10 +3,12 @@
 //! Everything here is pure Rust and works without LLVM: kernels are emitted as text by pure functions, and a
 //! [`Compiler`] (the crate `codegen-mlir`, in a process of its own) turns that text into machine code.
 
+pub mod artifact;
 pub mod build;
 pub mod compile;
 pub mod driver;
 pub mod fuse;
+pub mod header;
 pub mod jit;
 pub mod kernels;
 pub mod link;

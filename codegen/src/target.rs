@@ -5,49 +5,19 @@ use std::collections::BTreeSet;
 use std::fmt;
 use thiserror::Error;
 
-/// An instruction-set feature that some kernel asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Feature {
-    /// 256-bit vectors of floats and integers.
-    Avx2,
-    /// Fused multiply-add.
-    Fma,
-    /// Conversion between f16 and f32.
-    F16c,
-    /// 512-bit vectors, with byte and word operations and 256-bit forms.
-    Avx512,
-    /// Integer dot products of bytes into 512-bit vectors.
-    Avx512Vnni,
-    /// aarch64: integer dot products of bytes.
-    DotProd,
-    /// aarch64: integer matrix products of bytes.
-    I8mm,
-}
+pub use runtime::cpu::{Arch, Feature};
 
-impl Feature {
-    /// The names that LLVM knows the feature by.
-    fn llvm(self) -> &'static str {
-        match self {
-            Feature::Avx2 => "+avx2",
-            Feature::Fma => "+fma",
-            Feature::F16c => "+f16c",
-            Feature::Avx512 => "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd",
-            Feature::Avx512Vnni => "+avx512vnni",
-            Feature::DotProd => "+dotprod",
-            Feature::I8mm => "+i8mm",
-        }
+/// The names that LLVM knows a feature by.
+fn llvm(feature: Feature) -> &'static str {
+    match feature {
+        Feature::Avx2 => "+avx2",
+        Feature::Fma => "+fma",
+        Feature::F16c => "+f16c",
+        Feature::Avx512 => "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd",
+        Feature::Avx512Vnni => "+avx512vnni",
+        Feature::DotProd => "+dotprod",
+        Feature::I8mm => "+i8mm",
     }
-}
-
-/// A CPU architecture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Arch {
-    /// 64-bit x86.
-    X86_64,
-    /// 64-bit Arm.
-    Aarch64,
 }
 
 /// What code is made for.
@@ -100,7 +70,7 @@ impl Target {
 
     /// This machine, as its processor describes itself.
     pub fn native() -> Target {
-        let (arch, features) = native();
+        let (arch, features) = runtime::cpu::native();
         Target { name: "native".to_owned(), arch, features }
     }
 
@@ -111,8 +81,7 @@ impl Target {
 
     /// The features that this machine lacks to run code for the target; `None` for another architecture.
     pub fn missing_here(&self) -> Option<Vec<Feature>> {
-        let (arch, here) = native();
-        (arch == self.arch).then(|| self.features.difference(&here).copied().collect())
+        runtime::cpu::missing(self.arch, &self.features)
     }
 
     /// LLVM's triple.
@@ -135,7 +104,7 @@ impl Target {
 
     /// LLVM's list of features. Vectors are as wide as the registers, which LLVM avoids by itself with 512 bits.
     pub fn llvm_features(&self) -> String {
-        let features = self.features.iter().map(|f| f.llvm());
+        let features = self.features.iter().map(|&f| llvm(f));
         let wide = self.has(Avx512).then_some("-prefer-256-bit");
         features.chain(wide).collect::<Vec<_>>().join(",")
     }
@@ -154,33 +123,4 @@ impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn native() -> (Arch, BTreeSet<Feature>) {
-    let has = |feature| match feature {
-        Avx2 => is_x86_feature_detected!("avx2"),
-        Fma => is_x86_feature_detected!("fma"),
-        F16c => is_x86_feature_detected!("f16c"),
-        Avx512 => {
-            is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512cd")
-        }
-        Avx512Vnni => is_x86_feature_detected!("avx512vnni"),
-        DotProd | I8mm => false,
-    };
-    (Arch::X86_64, [Avx2, Fma, F16c, Avx512, Avx512Vnni].into_iter().filter(|&f| has(f)).collect())
-}
-
-#[cfg(target_arch = "aarch64")]
-fn native() -> (Arch, BTreeSet<Feature>) {
-    let has = |feature| match feature {
-        DotProd => std::arch::is_aarch64_feature_detected!("dotprod"),
-        I8mm => std::arch::is_aarch64_feature_detected!("i8mm"),
-        _ => false,
-    };
-    (Arch::Aarch64, [DotProd, I8mm].into_iter().filter(|&f| has(f)).collect())
 }

@@ -2,6 +2,7 @@
 //! one file each.
 
 mod bench;
+mod build;
 mod convert;
 mod diff;
 mod eval;
@@ -51,6 +52,7 @@ use std::process::ExitCode;
         qcc sweep model.onnx --calib tokens.npy --bits 3,4,8 --group 32,128\n  \
         qcc convert model.onnx -o model.qir\n  \
         qcc rules --check my.qrw\n  \
+        qcc build model.q.onnx -o model.so\n  \
         qcc explain model.onnx --node '/layer/Add'\n  \
         qcc inspect model.onnx"
 )]
@@ -102,6 +104,8 @@ enum Command {
     Convert(convert::Args),
     /// The rules of exact rewrites: list them, or check a file of them
     Rules(rules::Args),
+    /// Compile a model to a shared library for this or another processor (needs a build with the feature mlir)
+    Build(build::Args),
     /// Which rules led from a node of a model to what computes its values now
     Explain(explain::Args),
 }
@@ -152,6 +156,7 @@ fn run(cli: Cli, registry: Registry) -> Result<(), Error> {
         Some(Command::Sweep(args)) => sweep::run(&args, &cx),
         Some(Command::Convert(args)) => convert::run(&args, &cx),
         Some(Command::Rules(args)) => rules::run(&args, &cx),
+        Some(Command::Build(args)) => build::run(&args, &cx),
         Some(Command::Explain(args)) => explain::run(&args, &cx),
         None if cli.quantize.list_passes => list::run(&cx),
         None => match cli.quantize.completions {

@@ -109,7 +109,7 @@ fn measure(target: &Target, form: &Form, what: &str, bytes: usize, threads: usiz
             for i in 0..matrices {
                 let call = |kernel, buffers: &[*mut u8], dims: &[i64], units| {
                     // SAFETY: the buffers are sized by the form.
-                    unsafe { kernels.call(&Call { kernel, buffers, dims, units, grain: 16 }) }
+                    unsafe { kernels.call(&Call { kernel, buffers, dims, units, work: 4096 }) }
                 };
                 let p = prepared.as_mut_ptr();
                 call(0, &[x.as_mut_ptr().cast(), p], &[], 1);

@@ -1,11 +1,11 @@
-//! Kernels of a shared library, called with tables of pointers and sizes.
+//! Single kernels of a shared library, called with tables of pointers and sizes.
 //!
-//! The one place that runs generated code, hence `unsafe`: a kernel trusts its tables. Whoever makes a [`Call`] sizes its
-//! buffers by the same expressions that the code was generated from.
+//! Generated code is run here, hence `unsafe`: a kernel trusts its tables. Whoever makes a [`Call`] sizes its buffers by the
+//! same expressions that the code was generated from.
 #![allow(unsafe_code)]
 
+use crate::parallel::divide;
 use libloading::Library;
-use rayon::prelude::*;
 use std::ffi::OsStr;
 use thiserror::Error;
 
@@ -21,8 +21,8 @@ type Function = unsafe extern "C" fn(bufs: *const *mut u8, dims: *const i64, beg
 
 /// A loaded library.
 pub struct Kernels {
-    // Functions are only used while the library is loaded.
     functions: Vec<Function>,
+    // The functions live as long as it.
     _library: Library,
 }
 
@@ -36,14 +36,22 @@ pub struct Call<'a> {
     pub dims: &'a [i64],
     /// Units of work.
     pub units: usize,
-    /// Units that a thread takes at least: fewer are not worth waking one.
-    pub grain: usize,
+    /// What a unit takes, in nanoseconds or so.
+    pub work: u64,
 }
 
-/// Pointers that threads share: each unit writes what is its own.
-struct Shared<'a>(&'a [*mut u8]);
+/// Pointers that threads share.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T>(pub T);
 // SAFETY: kernels write disjoint parts of their outputs for disjoint ranges of units, and only read the rest.
-unsafe impl Sync for Shared<'_> {}
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T: Copy> Shared<T> {
+    /// The pointers. (A closure that names the field would capture them alone.)
+    pub(crate) fn get(&self) -> T {
+        self.0
+    }
+}
 
 impl Kernels {
     /// Loads `path` and finds the kernels `names`.
@@ -66,21 +74,11 @@ impl Kernels {
     /// Buffers and sizes must be those that the kernel was generated for, and no other thread may use what it writes.
     pub unsafe fn call(&self, call: &Call) {
         let f = self.functions[call.kernel];
-        let &Call { buffers, dims, units, .. } = call;
-        let shared = Shared(buffers);
-        let run = |from: usize, to: usize| {
-            let shared = &shared;
+        let shared = Shared((call.buffers.as_ptr(), call.dims.as_ptr()));
+        divide(call.units, call.work, |from, to| {
+            let (buffers, dims) = shared.get();
             // SAFETY: promised by the caller.
-            unsafe { f(shared.0.as_ptr(), dims.as_ptr(), from as i64, to as i64) }
-        };
-        let threads = rayon::current_num_threads();
-        let parts = (units / call.grain.max(1)).clamp(1, 4 * threads);
-        match threads == 1 || parts == 1 {
-            true => run(0, units),
-            false => {
-                let at = |i: usize| i * units / parts;
-                (0..parts).into_par_iter().with_max_len(1).for_each(|i| run(at(i), at(i + 1)));
-            }
-        }
+            unsafe { f(buffers, dims, from as i64, to as i64) }
+        });
     }
 }

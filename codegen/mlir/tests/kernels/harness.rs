@@ -29,7 +29,7 @@ pub fn load(target: &Target, kernels: &[&Kernel]) -> Loaded {
 impl Loaded {
     /// Calls kernel number `kernel` on all its units.
     pub fn call(&self, kernel: usize, buffers: &[*mut u8], dims: &[i64], units: usize) {
-        let call = Call { kernel, buffers, dims, units, grain: 1 };
+        let call = Call { kernel, buffers, dims, units, work: 1 << 20 };
         // SAFETY: tests size the buffers as the forms of the kernels say.
         unsafe { self.kernels.call(&call) };
     }

@@ -2,4 +2,5 @@
 #![allow(unsafe_code)]
 
 mod harness;
+mod models;
 mod packed;

@@ -1,0 +1,314 @@
+//! Small models as text, through the compiled executor and through a library that is built and loaded, against the
+//! interpreter.
+
+use crate::harness::targets;
+use codegen::plan::plan;
+use codegen::{CompileError, Compiler, Native, Request, artifact};
+use dialects::exec::{Executor, run_once};
+use dialects::ir::interp::Interpreter;
+use dialects::ir::{Attr, ConstData, Module, OpBuilder, Type, Value, infer, parse::parse};
+use dialects::ops::{Item, Ops};
+use dialects::tensor::Tensor;
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::sync::Arc;
+
+/// Compiles in this process.
+pub struct Here;
+
+impl Compiler for Here {
+    fn compile(&self, request: &Request) -> Result<Vec<u8>, CompileError> {
+        codegen_mlir::compile(request)
+    }
+}
+
+/// A model whose text this is.
+pub fn model(text: &str) -> Module {
+    let mut m = parse(text).unwrap_or_else(|e| panic!("{e:?}\n{text}")).module;
+    let found = infer::infer(&mut m, &Ops::standard());
+    assert!(found.is_empty(), "{found:?}");
+    m
+}
+
+/// Random inputs of a model whose named dims have these sizes.
+pub fn inputs(m: &Module, dims: &[(&str, usize)], rng: &mut impl Rng) -> Vec<(Value, Item)> {
+    let args = m.regions[m.top].args.iter().filter(|&&v| m.const_of(v).is_none());
+    args.map(|&v| {
+        let ty = m.ty(v);
+        let shape: Vec<usize> = ty
+            .dims()
+            .unwrap()
+            .iter()
+            .map(|d| match d.known() {
+                Some(n) => n as usize,
+                None => dims.iter().find(|(n, _)| *n == d.to_string()).unwrap().1,
+            })
+            .collect();
+        let n = shape.iter().product();
+        let t = match ty.elem().unwrap().to_string().as_str() {
+            "i64" => Tensor::new(&shape, (0..n).map(|_| rng.random_range(0i64..4)).collect::<Vec<_>>()),
+            "bool" => Tensor::new(&shape, (0..n).map(|_| rng.random()).collect::<Vec<bool>>()),
+            _ => Tensor::new(&shape, (0..n).map(|_| rng.random_range(-3f32..3.0)).collect::<Vec<_>>()),
+        };
+        (v, t.unwrap().into())
+    })
+    .collect()
+}
+
+fn close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!((found.shape(), found.elem()), (expected.shape(), expected.elem()), "{what}");
+    let (Ok(f), Ok(e)) = (found.f32s(), expected.f32s()) else {
+        assert_eq!(found, expected, "{what}");
+        return;
+    };
+    let top = e.iter().fold(1e-6f64, |a, v| if v.is_finite() { a.max(f64::from(v.abs())) } else { a });
+    for (i, (f, e)) in f.iter().zip(e).enumerate() {
+        let same = f == e || (f.is_nan() && e.is_nan()) || f64::from((f - e).abs()) <= tolerance * top;
+        assert!(same, "{what}: element {i} is {f}, expected {e}");
+    }
+}
+
+/// Checks a model on random inputs; at least `compiled` of its ops must be.
+pub fn check(m: &Module, dims: &[&[(&str, usize)]], compiled: usize, tolerance: f64) {
+    let ops = Ops::standard();
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let wanted = m.regions[m.top].results.clone();
+    let keep = wanted.iter().copied().collect();
+    let native = Native::new(ops.clone(), Arc::new(Here));
+    let (_, _, summary) = native.compile(m, &keep).unwrap();
+    assert!(summary.compiled >= compiled, "{summary:?}");
+    let interpreter = Interpreter::new(ops.clone());
+    let ready = native.prepare(m, &wanted).unwrap();
+    let library = summary.interpreted.is_empty().then(|| built(m, &ops, dims));
+    for sizes in dims {
+        let given = inputs(m, sizes, &mut rng);
+        let expected = run_once(&interpreter, m, &given, &wanted).unwrap();
+        let mut found = Vec::new();
+        ready
+            .run(&given, &mut |_, item| {
+                found.push(item.clone());
+                Ok(())
+            })
+            .unwrap();
+        for (f, e) in found.iter().zip(&expected) {
+            close(&format!("{sizes:?}"), f.tensor().unwrap(), e.tensor().unwrap(), tolerance);
+        }
+        if let Some(model) = &library {
+            let given: Vec<runtime::Tensor> =
+                given.iter().map(|(_, i)| outside(i.tensor().unwrap())).collect();
+            let out = model.run(&given).unwrap();
+            for (f, e) in out.iter().zip(&found) {
+                // The same kernels, elsewhere in memory.
+                assert_eq!(*f, outside(e.tensor().unwrap()), "{sizes:?}: built");
+            }
+        }
+    }
+}
+
+fn outside(t: &Tensor) -> runtime::Tensor {
+    let elem = match t.elem().to_string().as_str() {
+        "i64" => runtime::Elem::I64,
+        "i32" => runtime::Elem::I32,
+        "bool" => runtime::Elem::Bool,
+        _ => runtime::Elem::F32,
+    };
+    let bytes = codegen::memory::bytes(t).unwrap().to_vec();
+    runtime::Tensor { elem, shape: t.shape().to_vec(), bytes }
+}
+
+fn built(m: &Module, ops: &Ops, dims: &[&[(&str, usize)]]) -> runtime::Model {
+    let target = targets().pop().unwrap();
+    let most = |name: &str| {
+        let sizes = dims.iter().flat_map(|d| d.iter()).filter(|(n, _)| *n == name);
+        sizes.map(|(_, s)| *s as u64).max()
+    };
+    let plan = plan(m, ops, &target, &most).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let name = Some("model.weights".to_owned());
+    let built = artifact::build(&plan, &target, &Here, dir.path(), name).unwrap();
+    std::fs::write(dir.path().join("model.weights"), built.weights.unwrap()).unwrap();
+    runtime::Model::load(&built.library).unwrap()
+}
+
+#[test]
+fn chains_of_elementwise_ops() {
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<b x s x 5xf32>, %y : tensor<s x 1xf32>, %z : tensor<5xf32>, %k : tensor<b x s x 5xbool>) {
+  const %half : tensor<f32> 0.5
+  const %row : tensor<5xf32> [1.0, -2.0, 3.0, 0.25, 7.0]
+  %a = onnx.Add(%x, %y)
+  %e = onnx.Sigmoid(%a)
+  %c = onnx.Mul(%e, %row)
+  %d = onnx.Div(%c, %half)
+  %t = onnx.Tanh(%d)
+  %u = onnx.Sub(%t, %z)
+  %w = onnx.Where(%k, %u, %x)
+  %g = onnx.Gelu(%w)
+  %q = onnx.Erf(%a)
+  %n = onnx.Not(%k)
+  return %g, %q, %n
+}
+",
+    );
+    let dims: &[&[(&str, usize)]] =
+        &[&[("b", 2), ("s", 3)], &[("b", 1), ("s", 1)], &[("b", 0), ("s", 4)], &[("b", 3), ("s", 117)]];
+    check(&m, dims, 10, 1e-6);
+}
+
+#[test]
+fn a_chain_that_would_leave_its_kernel_and_come_back() {
+    // The sum needs the product's other reader, which is no kernel's: both must not become one.
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<s x 8xf32>) {
+  const %axis : tensor<i64> 0
+  %a = onnx.Abs(%x)
+  %c = onnx.CumSum(%a, %axis)
+  %b = onnx.Add(%a, %c)
+  %d = onnx.Sqrt(%b)
+  return %d
+}
+",
+    );
+    check(&m, &[&[("s", 9)]], 3, 1e-6);
+}
+
+#[test]
+fn comparisons_and_integers() {
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%i : tensor<1 x s xi64>, %j : tensor<s x 1xi64>) {
+  const %one : tensor<i64> 1
+  %n = onnx.Add(%i, %one)
+  %c = onnx.LessOrEqual(%i, %j)
+  %f = onnx.Cast(%c) {to=1}
+  %p = onnx.Mul(%n, %j)
+  return %c, %f, %p
+}
+",
+    );
+    check(&m, &[&[("s", 1)], &[("s", 19)]], 4, 0.0);
+}
+
+/// `x` through a packed product with bias, an activation, a gate and a residual connection, and through a second one.
+fn perceptron(accuracy_level: i64, zeros: bool, rng: &mut impl Rng) -> Module {
+    let mut m = model(
+        "module ir_version=10 opsets {com.microsoft=1, onnx=21}
+graph @main(%x : tensor<b x s x 48xf32>, %gate : tensor<b x s x 37xf32>) {
+  return %x
+}
+",
+    );
+    let top = m.top;
+    let (x, gate) = (m.regions[top].args[0], m.regions[top].args[1]);
+    let loc: std::sync::Arc<str> = "node".into();
+    let mut linear = |m: &mut Module, x: Value, k: usize, n: usize, bias: bool| -> Value {
+        let groups = k.div_ceil(32);
+        let codes: Vec<u8> = (0..n * groups * 16).map(|_| rng.random()).collect();
+        let scales: Vec<f32> = (0..n * groups).map(|_| rng.random_range(0.01f32..0.1)).collect();
+        let points: Vec<u8> = (0..n * groups.div_ceil(2)).map(|_| rng.random()).collect();
+        let biases: Vec<f32> = (0..n).map(|_| rng.random_range(-1f32..1.0)).collect();
+        let mut add = |t: Tensor| -> Value {
+            let data: ConstData = t.to_const();
+            m.add_const(top, "", data)
+        };
+        let codes = add(Tensor::new(&[n, groups, 16], codes).unwrap());
+        let scales = add(Tensor::new(&[n * groups], scales).unwrap());
+        let points = zeros.then(|| add(Tensor::new(&[points.len()], points).unwrap()));
+        let biases = bias.then(|| add(Tensor::new(&[n], biases).unwrap()));
+        let mut operands = vec![Some(x), Some(codes), Some(scales), points, None, biases];
+        while operands.last() == Some(&None) {
+            operands.pop();
+        }
+        let mut b = OpBuilder::new("com.microsoft.MatMulNBits", &loc).operands(operands);
+        for (name, v) in [("K", k), ("N", n), ("bits", 4), ("block_size", 32)] {
+            b = b.attr(name, Attr::Int(v as i64));
+        }
+        let op = m.push(top, b.attr("accuracy_level", Attr::Int(accuracy_level)).result(Type::Unknown));
+        m.ops[op].results[0].unwrap()
+    };
+    let a = linear(&mut m, x, 48, 37, true);
+    let op = |m: &mut Module, name: &str, operands: Vec<Value>| -> Value {
+        let op = m.push(top, OpBuilder::new(name, &loc).operands(operands).result(Type::Unknown));
+        m.ops[op].results[0].unwrap()
+    };
+    let g = op(&mut m, "onnx.Gelu", vec![a]);
+    let h = op(&mut m, "onnx.Mul", vec![g, gate]);
+    let b = linear(&mut m, h, 37, 48, false);
+    let r = op(&mut m, "onnx.Add", vec![b, x]);
+    m.values[r].name = "y".into();
+    m.regions[top].results = vec![r];
+    infer::infer(&mut m, &Ops::standard());
+    m
+}
+
+#[test]
+fn packed_products_with_what_comes_after_them() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    for (level, zeros, tolerance) in [(0, false, 1e-5), (0, true, 1e-5), (4, false, 1e-5), (4, true, 1e-5)] {
+        let m = perceptron(level, zeros, &mut rng);
+        let dims: &[&[(&str, usize)]] =
+            &[&[("b", 1), ("s", 1)], &[("b", 2), ("s", 5)], &[("b", 1), ("s", 0)]];
+        check(&m, dims, 5, tolerance);
+    }
+}
+
+#[test]
+fn a_library_refuses_what_it_was_not_built_for() {
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<s x 8xf32>) {
+  const %w : tensor<8xf32> [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+  %y = onnx.Mul(%x, %w)
+  return %y
+}
+",
+    );
+    let target = targets().pop().unwrap();
+    let plan = plan(&m, &Ops::standard(), &target, &|_| Some(4)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let built = artifact::build(&plan, &target, &Here, dir.path(), Some("w.bin".into())).unwrap();
+    let mut weights = built.weights.unwrap();
+    let file = dir.path().join("w.bin");
+    let message = |r: Result<runtime::Model, runtime::ModelError>| r.err().unwrap().to_string();
+
+    assert!(message(runtime::Model::load(&built.library)).contains("w.bin"));
+    std::fs::write(&file, &weights).unwrap();
+    let loaded = runtime::Model::load(&built.library).unwrap();
+    let x = runtime::Tensor::f32(&[5, 8], &[1.0; 40]);
+    let e = loaded.run(&[x]).unwrap_err().to_string();
+    assert_eq!(e, "the dim \"s\" is 5, but the model was built for at most 4");
+    let e = loaded.run(&[runtime::Tensor::f32(&[4, 7], &[1.0; 28])]).unwrap_err().to_string();
+    assert_eq!(e, "the input \"x\" is f32[4, 7] in 112 bytes, expected f32[s, 8]");
+    let y = loaded.run(&[runtime::Tensor::f32(&[1, 8], &[2.0; 8])]).unwrap();
+    assert_eq!(y[0].to_f32().unwrap(), [2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0]);
+    drop(loaded);
+
+    *weights.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, &weights).unwrap();
+    assert!(message(runtime::Model::load(&built.library)).contains("hash"));
+    std::fs::write(&file, &weights[1..]).unwrap();
+    assert!(message(runtime::Model::load(&built.library)).contains("bytes, expected"));
+
+    let inside = artifact::build(&plan, &target, &Here, dir.path(), None).unwrap();
+    assert!(inside.weights.is_none() && inside.header.contains("qcc_weights"));
+    let y =
+        runtime::Model::load(&inside.library).unwrap().run(&[runtime::Tensor::f32(&[0, 8], &[])]).unwrap();
+    assert_eq!(y[0].shape, [0, 8]);
+}
+
+#[test]
+fn what_has_no_kernel_is_named() {
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<s x 8xf32>) {
+  const %axis : tensor<i64> 0
+  %c = onnx.CumSum(%x, %axis)
+  return %c
+}
+",
+    );
+    let e = plan(&m, &Ops::standard(), &targets()[0], &|_| Some(4)).err().unwrap().to_string();
+    assert!(e.starts_with("no kernel for onnx.CumSum at node"), "{e}");
+}
