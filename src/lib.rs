@@ -21,6 +21,7 @@ pub mod error;
 pub mod eval;
 pub mod files;
 pub mod filetest;
+pub mod generate;
 pub mod model;
 pub mod onnx;
 pub mod pipeline;

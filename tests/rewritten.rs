@@ -35,6 +35,12 @@ fn tinylm_rounded_and_packed() {
 }
 
 #[test]
+fn tinylm_with_a_cache() {
+    let tinylm = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/testdata/models/tinylm.onnx"));
+    insta::assert_snapshot!(qir(&tinylm, &["--pass", "canonicalize,fuse,add-kv-cache"]));
+}
+
+#[test]
 fn stories_scaled_and_packed() {
     let Some(stories) = model("stories260k/dynamo_sdpa_op23.onnx") else { return };
     let calib = stories.with_file_name("calib_ids.npy");

@@ -3,6 +3,7 @@
 //! A pass is either exact (the same function over the reals) or lossy, and says which. It sees the outside
 //! world only through [`Env`], which the driver implements: calibration data, scratch space, progress.
 
+pub mod add_kv_cache;
 pub mod awq;
 pub mod bias_correct;
 pub mod calibrate;
@@ -366,6 +367,7 @@ pub const PASSES: &[fn() -> PassDef] = &[
     || PassDef::of::<pack_qdq::PackQdq>("pack-qdq"),
     || PassDef::of::<pack_operators::PackOperators>("pack-operators"),
     || PassDef::of::<raise_opset::RaiseOpset>("raise-opset"),
+    || PassDef::of::<add_kv_cache::AddKvCache>("add-kv-cache"),
 ];
 
 /// Which ops a quantizing pass may touch: `only` and `skip`, patterns with `*` matched against the node's name, the

@@ -1,11 +1,13 @@
 //! The command line. `qcc model.onnx --pass ... -o out.onnx` is the default command; the others are subcommands,
 //! one file each.
 
+mod bench;
 mod build;
 mod convert;
 mod diff;
 mod eval;
 mod explain;
+mod generate;
 mod inspect;
 mod list;
 mod measuring;
@@ -42,6 +44,8 @@ use std::process::ExitCode;
         qcc model.onnx --preset int4-awq --calib tokens.npy -o model.q.onnx --strict\n  \
         qcc eval model.q.onnx --tokens eval.npy --baseline model.onnx\n  \
         qcc run model.onnx --input x=x.npy -o out.npz\n  \
+        qcc generate model.q.onnx --tokenizer tokenizer.json --prompt 'Once upon a time'\n  \
+        qcc bench model.q.onnx --against model.onnx --tokens eval.npy\n  \
         qcc diff model.onnx model.q.onnx --input x=x.npy\n  \
         qcc sensitivity model.onnx --calib tokens.npy --pass rtn\n  \
         qcc outliers model.onnx --calib tokens.npy\n  \
@@ -84,6 +88,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Run a model on given inputs
     Run(run::Args),
+    /// Text from a causal language model, token by token
+    Generate(generate::Args),
+    /// How good, how fast and how large a language model is: perplexity, prefill, decoding, memory
+    Bench(bench::Args),
     /// Run two models on the same inputs, and find where they part
     Diff(diff::Args),
     /// What each weight costs when it is quantized, and what to do about it
@@ -140,6 +148,8 @@ fn run(cli: Cli, registry: Registry) -> Result<(), Error> {
         Some(Command::Eval(args)) => eval::run(&args, &cx),
         Some(Command::Inspect(args)) => inspect::run(&args, &cx),
         Some(Command::Run(args)) => run::run(&args, &cx),
+        Some(Command::Generate(args)) => generate::run(&args, &cx),
+        Some(Command::Bench(args)) => bench::run(&args, &cx),
         Some(Command::Diff(args)) => diff::run(&args, &cx),
         Some(Command::Sensitivity(args)) => sensitivity::run(&args, &cx),
         Some(Command::Outliers(args)) => outliers::run(&args, &cx),

@@ -23,6 +23,10 @@ enum Fill {
     Zeros,
     /// One element, zero: a switch that is off, or a count of nothing.
     Off,
+    /// The number of positions in the cache.
+    Past,
+    /// Whether there is anything in the cache.
+    Branch,
     /// The last position of each row.
     Last,
     /// The number of positions of the longest row.
@@ -50,8 +54,8 @@ const KNOWN: &[Known] = &[
     known("seqlens_k", Fill::Last, "the last position", &[1, 2]),
     known("total_sequence_length", Fill::Length, "the number of tokens", &[0, 1]),
     known("total_seq_len", Fill::Length, "the number of tokens", &[0, 1]),
-    known("past_sequence_length", Fill::Off, "0", &[0, 1]),
-    known("use_cache_branch", Fill::Off, "false", &[0, 1]),
+    known("past_sequence_length", Fill::Past, "0", &[0, 1]),
+    known("use_cache_branch", Fill::Branch, "false", &[0, 1]),
     known("num_logits_to_keep", Fill::Off, "0", &[0, 1]),
     known("logits_to_keep", Fill::Off, "0", &[0, 1]),
 ];
@@ -106,7 +110,7 @@ impl Feed {
         let rank = ty.dims().map_or(known.ranks[0], <[Dim]>::len);
         let legal = match elem {
             Elem::I64 | Elem::I32 => true,
-            Elem::Bool => matches!(known.fill, Fill::Ones | Fill::Off),
+            Elem::Bool => matches!(known.fill, Fill::Ones | Fill::Off | Fill::Branch),
             Elem::F32 | Elem::F16 | Elem::BF16 => known.fill == Fill::Ones,
             _ => false,
         };
@@ -134,6 +138,27 @@ impl Feed {
         matches!(self.kind, Kind::Known(Fill::Ones | Fill::Last))
     }
 
+    /// The tensor for one row of tokens behind `start` others that were fed before; `None` for a cache, which goes on from
+    /// what the model gave.
+    pub fn after(&self, ids: &[i64], start: usize) -> Option<Tensor> {
+        let Kind::Known(fill) = &self.kind else { return None };
+        let (new, total) = (ids.len(), start + ids.len());
+        let row = |values: Vec<i64>| ([1, values.len()][2 - self.rank..].to_vec(), values);
+        let single = |value: usize| (vec![1; self.rank], vec![value as i64]);
+        let (shape, values) = match fill {
+            Fill::Tokens => row(ids.to_vec()),
+            Fill::Ones => row(vec![1; total]),
+            Fill::Positions => row((start as i64..total as i64).collect()),
+            Fill::Zeros => row(vec![0; new]),
+            Fill::Past => single(start),
+            Fill::Branch => single((start > 0).into()),
+            Fill::Off => single(0),
+            Fill::Length => single(total),
+            Fill::Last => single(total - 1),
+        };
+        Some(cast(self.elem, &shape, values))
+    }
+
     /// The tensor for rows of `len` tokens, row after row in `ids`, behind a cache of `past` positions that do not count.
     pub fn tensor(&self, ids: &[i64], len: usize, past: usize) -> Tensor {
         let rows = ids.len() / len;
@@ -157,7 +182,7 @@ impl Feed {
             Fill::Ones => along(past + len, &|i| (i >= past).into()),
             Fill::Positions => along(len, &|i| i as i64),
             Fill::Zeros => along(len, &|_| 0),
-            Fill::Off => single(0),
+            Fill::Off | Fill::Past | Fill::Branch => single(0),
             Fill::Length => single(len as i64),
             Fill::Last => ([rows, 1][..self.rank].to_vec(), vec![len as i64 - 1; rows]),
         };
@@ -299,6 +324,27 @@ mod tests {
         assert_eq!(tensor("use_cache_branch", Elem::Bool, 1, 0), Tensor::new(&[1], vec![false]).unwrap());
         assert!(feed("cache_position", Elem::I64, &[sym("a"), sym("b")]).is_err());
         assert!(feed("position_ids", Elem::F32, &[sym("a"), sym("b")]).is_err());
+    }
+
+    #[test]
+    fn tokens_behind_others() {
+        let tensor = |name: &str, elem: Elem, rank: usize| {
+            let dims: Vec<Dim> = (0..rank).map(|i| sym(&i.to_string())).collect();
+            feed(name, elem, &dims).unwrap().after(&[5, 6], 3).unwrap()
+        };
+        let row = |values: &[i64]| Tensor::new(&[1, values.len()], values.to_vec()).unwrap();
+        assert_eq!(tensor("input_ids", Elem::I64, 2), row(&[5, 6]));
+        assert_eq!(tensor("attention_mask", Elem::I64, 2), row(&[1; 5]));
+        assert_eq!(tensor("position_ids", Elem::I64, 2), row(&[3, 4]));
+        assert_eq!(tensor("token_type_ids", Elem::I64, 2), row(&[0, 0]));
+        assert_eq!(tensor("cache_position", Elem::I64, 1), Tensor::new(&[2], vec![3i64, 4]).unwrap());
+        assert_eq!(tensor("seqlens_k", Elem::I32, 1), Tensor::new(&[1], vec![4i32]).unwrap());
+        assert_eq!(tensor("total_sequence_length", Elem::I32, 0), Tensor::scalar(5i32));
+        assert_eq!(tensor("past_sequence_length", Elem::I64, 1), Tensor::new(&[1], vec![3i64]).unwrap());
+        assert_eq!(tensor("use_cache_branch", Elem::Bool, 1), Tensor::new(&[1], vec![true]).unwrap());
+        assert_eq!(tensor("logits_to_keep", Elem::I64, 0), Tensor::scalar(0i64));
+        let cache = [sym("b"), Dim::Known(2), sym("p"), Dim::Known(4)];
+        assert!(feed("past_0", Elem::F32, &cache).unwrap().after(&[5], 3).is_none());
     }
 
     #[test]

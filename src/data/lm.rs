@@ -161,6 +161,16 @@ impl Lm {
         self.inputs.iter().map(|f| (f.name().clone(), f.tensor(ids, len, self.past))).collect()
     }
 
+    /// The names of the caches, each with the positions that it holds whatever is fed.
+    pub fn caches(&self) -> impl Iterator<Item = (&Symbol, usize)> {
+        self.inputs.iter().filter_map(|f| Some((f.name(), f.past()?)))
+    }
+
+    /// A run's inputs, but for caches, for one row of tokens behind `start` others.
+    pub fn step(&self, ids: &[i64], start: usize) -> Batch {
+        self.inputs.iter().filter_map(|f| Some((f.name().clone(), f.after(ids, start)?))).collect()
+    }
+
     /// Whether a run takes rows of `len` tokens.
     pub fn takes(&self, exec: &dyn Executor, m: &Module, len: usize) -> bool {
         let ids = vec![0; self.batch.unwrap_or(1) * len];
@@ -251,10 +261,22 @@ fn close(a: &[f32], b: &[f32]) -> bool {
     a.iter().zip(b).all(|(x, y)| (x - y).abs() <= 0.05 * most)
 }
 
-/// A batch as inputs of `m`, by their names; what `m` does not have is left out.
+/// A batch as inputs of `m`, by their names; what `m` does not have is left out. A cache that a pass has added since the
+/// batch was made is empty.
 pub fn inputs_of(m: &Module, batch: Batch) -> Vec<(Value, Item)> {
+    let rows = batch.first().and_then(|(_, t)| t.shape().first().copied()).unwrap_or(1);
     let args = &m.regions[m.top].args;
-    batch.into_iter().filter_map(|(name, t)| Some((named(m, args, &name)?, t.into()))).collect()
+    let given = batch.into_iter().filter_map(|(name, t)| Some((named(m, args, &name)?, t.into())));
+    let mut inputs: Vec<(Value, Item)> = given.collect();
+    for v in free_inputs(m) {
+        if inputs.iter().all(|(known, _)| *known != v)
+            && let Ok(cache) = Feed::of(m, v)
+            && cache.past() == Some(0)
+        {
+            inputs.push((v, cache.tensor(&vec![0; rows], 1, 0).into()));
+        }
+    }
+    inputs
 }
 
 #[cfg(test)]

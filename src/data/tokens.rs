@@ -153,14 +153,20 @@ pub fn read(path: &Path, take: Take) -> Result<Rows, TokenError> {
     }
 }
 
+/// What a tokenizer refuses at `path`.
+fn refused(path: &Path) -> impl FnOnce(tokenizers::Error) -> TokenError + use<> {
+    let path = path.to_owned();
+    move |e| TokenError::Tokenizer { path, what: e.to_string() }
+}
+
+/// Reads a tokenizer from its `tokenizer.json`.
+pub fn tokenizer(path: &Path) -> Result<Tokenizer, TokenError> {
+    Tokenizer::from_bytes(files::map(path)?).map_err(refused(path))
+}
+
 /// Reads rows from a text: tokenized, then random windows that do not overlap.
 pub fn read_text(path: &Path, tokenizer: &Path, take: Take) -> Result<Rows, TokenError> {
-    let refused = |path: &Path| {
-        let path = path.to_owned();
-        move |e: tokenizers::Error| TokenError::Tokenizer { path, what: e.to_string() }
-    };
-    let vocabulary = files::map(tokenizer)?;
-    let vocabulary = Tokenizer::from_bytes(&vocabulary).map_err(refused(tokenizer))?;
+    let vocabulary = self::tokenizer(tokenizer)?;
     let bytes = files::map(path)?;
     let text = std::str::from_utf8(&bytes).map_err(|e| {
         TokenError::unexpected(path, "UTF-8 text", format!("byte {} is not", e.valid_up_to()))
