@@ -299,6 +299,10 @@ pub trait Pass: Send + Sync {
     fn rewrites(&self) -> bool {
         false
     }
+    /// Why the passes before it are not to quantize a weight, where this one gains nothing from its codes.
+    fn leaves_float(&self, _m: &Module, _weight: &linear::Linear) -> Option<String> {
+        None
+    }
     /// Whether it runs the model on calibration data.
     fn needs_calibration(&self) -> bool {
         false
@@ -413,6 +417,11 @@ impl PassCx<'_> {
     /// Counts something that the pass did, for `--stats`.
     pub fn count(&mut self, what: &str, n: u64) {
         self.report.count(what, n);
+    }
+
+    /// Whether a pass may find nothing to work on: the user allows it, or all weights stay float for the speed of it.
+    pub fn may_find_nothing(&self) -> bool {
+        self.settings.allow_noop || self.report.counts.contains_key(quantize::NONE_GAINS)
     }
 
     /// Reports a weight-bearing op that stays as it is, and why.

@@ -63,7 +63,7 @@ impl Pass for PackOperators {
             }
         }
         if made.is_empty() {
-            if cx.settings.allow_noop {
+            if cx.may_find_nothing() {
                 return Ok(if packed > 0 { Changed::Yes } else { Changed::No });
             }
             let why = "no product reads its activation in codes; put those in first, as in \
