@@ -50,6 +50,7 @@ pub mod store;
 #[cfg(test)]
 pub mod testing;
 pub mod tied;
+pub mod trial;
 
 use dialects::exec::ExecError;
 use dialects::ir::{Module, Op, OpName, Value};
