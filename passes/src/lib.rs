@@ -115,6 +115,14 @@ pub enum PassError {
         /// What was expected and what was found.
         why: String,
     },
+    /// What the model is to run on has no such form.
+    #[error("{pass}: {why}")]
+    Profile {
+        /// The pass.
+        pass: &'static str,
+        /// What it has no form for, and what to do instead.
+        why: String,
+    },
     /// Running the model on calibration data failed.
     #[error("calibration: {0}")]
     Exec(#[from] ExecError),
