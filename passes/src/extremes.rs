@@ -35,7 +35,7 @@ pub struct Extremes {
 
 impl Extremes {
     /// Of `k` channels, with at least `room` rows kept.
-    fn new(k: usize, room: usize) -> Extremes {
+    pub fn new(k: usize, room: usize) -> Extremes {
         Extremes {
             min: vec![0.0; k],
             max: vec![0.0; k],
@@ -50,7 +50,7 @@ impl Extremes {
     }
 
     /// Adds values of which `inner` following each other are of one channel, then as many of the next.
-    fn add(&mut self, x: &[f32], inner: usize) {
+    pub fn add(&mut self, x: &[f32], inner: usize) {
         let k = self.min.len();
         for row in x.chunks_exact((k * inner).max(1)) {
             for (c, x) in row.chunks_exact(inner.max(1)).enumerate() {

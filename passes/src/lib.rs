@@ -152,6 +152,11 @@ pub trait Env: Sync {
         None
     }
 
+    /// Whether those that a pass leaves are saved: they must say then of which model they are.
+    fn saves_statistics(&self) -> bool {
+        false
+    }
+
     /// How far the outputs of `m` are from those of the model before the pipeline, over the calibration data, or as much
     /// of it as the user wants to measure on. Fails when there is no such data.
     fn distance(&self, _m: &Module) -> Result<Distance, PassError> {

@@ -281,6 +281,31 @@ class Int8(unittest.TestCase):
         kept.write_text(text[: len(text) // 2])
         self.assertIn("holds no statistics", refused("--pass", passes, "--stats-in", kept))
 
+    def test_statistics_of_channels(self):
+        """Of a convolution's input, along dim 1, against numpy's."""
+        x, calib = self.pictures()
+        model, kept = shared("resnet20/resnet20.onnx"), self.folder / "stats.json"
+        flags = ["--calib", calib, "--calib-samples", 16, "--dry-run", "--quiet"]
+        qcc(model, "--pass", "calibrate{per=channel, axis=1}", *flags, "--stats-out", kept, "--allow-noop")
+        text = kept.read_text()
+        found = json.loads(text)["channels"]
+        self.assertEqual(len(found), len(json.loads(text)["tensors"]))
+        of = found["input"]
+        self.assertEqual(of["axis"], 1)
+        by_channel = x.transpose(1, 0, 2, 3).reshape(3, -1).astype(np.float64)
+        np.testing.assert_array_equal(np.float32(of["min"]), np.float32(by_channel.min(1)))
+        np.testing.assert_array_equal(np.float32(of["max"]), np.float32(by_channel.max(1)))
+        np.testing.assert_allclose(of["magnitude"], np.abs(by_channel).mean(1), rtol=1e-6)
+        # What is saved is taken: it is the same when it is saved again. Along another axis there are none.
+        again = self.folder / "again.json"
+        how = ["--stats-in", kept, "--dry-run", "--quiet", "--allow-noop"]
+        qcc(model, "--pass", "calibrate{per=channel, axis=1}", *how, "--stats-out", again)
+        self.assertEqual(again.read_text(), text)
+        said = qcc(model, "--pass", "calibrate{per=channel, axis=2}", *how, fails=1)
+        self.assertIn("do not have its 32 channels along dim 2", " ".join(said.replace("│", " ").split()))
+        said = qcc(model, "--pass", "calibrate{per=channel, axis=9}", *flags, fails=1)
+        self.assertIn("no activation has a known number of channels along 9", " ".join(said.replace("│", " ").split()))
+
     def test_tensorrt(self):
         x, calib = self.pictures()
         out = self.folder / "trt.onnx"
