@@ -42,6 +42,8 @@ pub struct DriverEnv {
     pub statistics: Mutex<Option<Statistics>>,
     /// Statistics that the user gave in place of a run over calibration data.
     pub given_statistics: Option<Statistics>,
+    /// Whether the statistics that a pass leaves are saved.
+    pub saves_statistics: bool,
     /// Weights as they were before they were quantized, for `--check`; `None` keeps none.
     pub originals: Option<Mutex<Vec<(Value, Tensor)>>>,
 }
@@ -70,6 +72,7 @@ impl DriverEnv {
             baseline: None,
             statistics: Mutex::default(),
             given_statistics: None,
+            saves_statistics: false,
             originals: None,
         }
     }
@@ -122,6 +125,10 @@ impl Env for DriverEnv {
 
     fn given_statistics(&self) -> Option<&Statistics> {
         self.given_statistics.as_ref()
+    }
+
+    fn saves_statistics(&self) -> bool {
+        self.saves_statistics
     }
 
     fn file_bytes(&self, m: &Module) -> Result<u64, PassError> {

@@ -183,6 +183,7 @@ mod tests {
             store: None,
             statistics: Default::default(),
             given_statistics: None,
+            saves_statistics: false,
             originals: None,
         };
         (m, env)

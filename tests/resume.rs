@@ -93,7 +93,8 @@ fn any_part_of_the_work_may_be_finished() {
     let mut random = ChaCha8Rng::seed_from_u64(9);
     let sequential = ["layer", "block", "off"].map(|s| format!("gptq{{sequential={s}}}"));
     let alone = sequential.iter().map(String::as_str).chain(["awq{grid=6}"]);
-    for passes in alone.chain(["awq{grid=6},gptq{sequential=off}"]) {
+    let smooth = "smooth-migrate{alpha=auto},rtn{bits=8, group=-1, symmetric=true}";
+    for passes in alone.chain(["awq{grid=6},gptq{sequential=off}", smooth]) {
         let data = ["--calib", "calib_ids.npy", "--calib-samples", "2", "--seq-len", "24"];
         // Not all layers: this runs in debug builds too.
         let only = ["--only", "*linear_1*"];

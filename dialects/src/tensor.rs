@@ -1,6 +1,7 @@
 //! Tensors in memory, as the interpreter computes with them: contiguous, row-major, shared until written.
 
 use crate::ir::{ConstData, ConstError, Elem};
+use crate::kernels::buffers;
 use crate::ops::OpError;
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -326,6 +327,13 @@ impl Tensor {
     /// The elements of a float constant as f32.
     pub fn floats(c: &ConstData) -> Result<Vec<f32>, TensorError> {
         Tensor::from_const(c)?.to_f32().map(Cow::into_owned)
+    }
+
+    /// Gives the memory back for other tensors, if nobody else reads it.
+    pub fn recycle(self) {
+        if let Ok(data) = Arc::try_unwrap(self.data) {
+            buffers::give(data);
+        }
     }
 
     /// A constant with these elements, packed as [`Elem`] says.

@@ -15,11 +15,8 @@
 use crate::eqsat::Channels;
 use crate::extremes;
 use crate::linear::{Form, Linear, Weighted, find};
-use crate::ranges::Statistics;
-use crate::{
-    CalibSink, Changed, Distance, Env, Exactness, Filter, Pass, PassCx, PassError, Progress, Report,
-};
-use crate::{Scratch, Store, Stream, report};
+use crate::trial::Trial;
+use crate::{Changed, Exactness, Filter, Pass, PassCx, PassError, Report, report};
 use dialects::ir::{Elem, Module, Op, OpBuilder, Use, Value, infer};
 use dialects::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -61,7 +58,12 @@ impl Pass for BiasCorrect {
             return Err(PassError::Nothing { pass: NAME, why: why.into() });
         };
         infer::infer(m, cx.ops);
-        let env = Trial { env: cx.env, floats: Mutex::default(), statistics: Mutex::default() };
+        let floats = Mutex::new(HashMap::new());
+        let seen = |value: Value, weight: &dyn Fn() -> Result<Tensor, PassError>| {
+            floats.lock().unwrap_or_else(|e| e.into_inner()).insert(value, weight()?);
+            Ok(())
+        };
+        let env = Trial::new(cx.env).watched(&seen);
         let mut trial = m.clone();
         let mut unsaid = Report::default();
         for (i, pass) in cx.rest[..=last].iter().enumerate() {
@@ -69,7 +71,7 @@ impl Pass for BiasCorrect {
             pass.run(&mut trial, &mut PassCx { ops, env: &env, settings, report: &mut unsaid, rest })?;
         }
         infer::infer(&mut trial, cx.ops);
-        let floats = env.floats.into_inner().unwrap_or_else(|e| e.into_inner());
+        let floats = floats.into_inner().unwrap_or_else(|e| e.into_inner());
         let (layers, left) = self.layers(m, &mut trial, &floats);
         for (op, why) in left {
             cx.report.note(format!("{NAME}: {:?} is left as it is: {why}", &*m.ops[op].loc));
@@ -310,55 +312,4 @@ fn constant(
     let value = m.add_const(m.ops[op].region, m.fresh_name(&format!("{name}.corrected")), sum.to_const());
     cx.env.quantized(value, &|| Tensor::from_f32(elem, shape, old.to_vec()).map_err(fail))?;
     Ok(value)
-}
-
-/// The outside world of a trial: nothing that is done there is kept.
-struct Trial<'a> {
-    env: &'a dyn Env,
-    /// What quantized weights stand for.
-    floats: Mutex<HashMap<Value, Tensor>>,
-    statistics: Mutex<Option<Statistics>>,
-}
-
-impl Env for Trial<'_> {
-    fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError> {
-        self.env.calibrate(m, wanted, sink)
-    }
-
-    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError> {
-        self.env.stream()
-    }
-
-    fn statistics(&self) -> Option<&Mutex<Option<Statistics>>> {
-        Some(&self.statistics)
-    }
-
-    fn distance(&self, m: &Module) -> Result<Distance, PassError> {
-        self.env.distance(m)
-    }
-
-    fn file_bytes(&self, m: &Module) -> Result<u64, PassError> {
-        self.env.file_bytes(m)
-    }
-
-    fn scratch(&self, len: usize) -> Result<Box<dyn Scratch>, PassError> {
-        self.env.scratch(len)
-    }
-
-    fn progress(&self, task: &str, total: u64) -> Box<dyn Progress> {
-        self.env.progress(task, total)
-    }
-
-    fn quantized(
-        &self,
-        value: Value,
-        weight: &dyn Fn() -> Result<Tensor, PassError>,
-    ) -> Result<(), PassError> {
-        self.floats.lock().unwrap_or_else(|e| e.into_inner()).insert(value, weight()?);
-        Ok(())
-    }
-
-    fn store(&self) -> Option<&dyn Store> {
-        None
-    }
 }

@@ -1,8 +1,9 @@
 //! Islands of integers: which activations a runtime can hold in 8 bits, and which ops read them so.
 //!
 //! A product with a constant weight reads its activation in 8 bits; what it gives stays float, as products of integers
-//! can end in floats. A convolution cannot: its result is held in 8 bits too, behind the activation function that ranges
-//! of integers can take in (Relu, Clip). From there the island goes on through sums, pools, views and concatenations
+//! can end in floats. A convolution cannot, nor can a Gemm in front of a Relu or Clip, which ONNX Runtime makes one op of
+//! floats: their results are held in 8 bits too, behind the activation function that ranges of integers can take in (Relu,
+//! Clip). From there the island goes on through sums, pools, views and concatenations
 //! whose operands are all in it.
 
 use crate::operators::{COMPUTES, MOVES, scalar};
@@ -31,8 +32,11 @@ pub fn places(m: &Module, product: impl Fn(Op) -> bool) -> Vec<Place> {
         let convolution = data.is("onnx.Conv");
         if (convolution || data.is("onnx.MatMul") || data.is("onnx.Gemm")) && product(op) {
             found.read(op, 0);
-            if convolution {
-                found.give(op, None);
+            // A MatMul whose bias is added behind it will be a Gemm.
+            let end = bias_of(m, &uses, op).map_or(op, |(add, _)| add);
+            let gemm = end != op || data.is("onnx.Gemm");
+            if convolution || gemm && found.clipped(end).is_some() {
+                found.give(end, None);
             }
             continue;
         }
@@ -42,6 +46,22 @@ pub fn places(m: &Module, product: impl Fn(Op) -> bool) -> Vec<Place> {
     let mut out: Vec<Place> = order.iter().filter_map(|v| places.remove(v)).collect();
     out.retain(|p| !p.readers.is_empty());
     out
+}
+
+/// The Add of a constant bias behind a product of matrices, and which operand of it the bias is. The runtime makes one Gemm
+/// of the two.
+pub fn bias_of(m: &Module, uses: &Uses, op: Op) -> Option<(Op, usize)> {
+    let data = &m.ops[op];
+    let matrix = |v: Value| m.ty(v).dims().filter(|d| d.len() == 2);
+    let n = matrix(data.operand(1)?)?[1].known()?;
+    if !data.is("onnx.MatMul") || matrix(data.operand(0)?).is_none() {
+        return None;
+    }
+    let [Use::Operand(add, i @ (0 | 1))] = uses.of(data.result(0)?) else { return None };
+    let bias =
+        m.ops[*add].operand(1 - i).filter(|b| m.ops[*add].is("onnx.Add") && m.const_of(*b).is_some())?;
+    let fits = m.ty(bias).as_tensor().and_then(|t| t.known_shape()).is_some_and(|s| s == [n as usize]);
+    fits.then_some((*add, 1 - i))
 }
 
 struct Islands<'m> {
@@ -71,27 +91,29 @@ impl Islands<'_> {
         }
     }
 
-    /// Has what an op gives held in 8 bits, behind the activation function that is its only reader. All readers get it
-    /// so; but an output of the graph stays what it is.
+    /// What the Relu or Clip gives that is the only reader of an op's result.
+    fn clipped(&self, op: Op) -> Option<Value> {
+        let [Use::Operand(next, 0)] = self.uses.of(self.m.ops[op].result(0)?) else { return None };
+        let next = &self.m.ops[*next];
+        (next.is("onnx.Relu") || next.is("onnx.Clip")).then(|| next.result(0))?
+    }
+
+    /// Who reads a float value, unless the graph gives it out.
+    fn readers(&self, v: Value) -> Option<Vec<(Op, usize)>> {
+        let reader = |u: &Use| match u {
+            Use::Operand(op, i) => Some((*op, *i)),
+            Use::Result(..) => None,
+        };
+        let readers: Vec<(Op, usize)> = self.uses.of(v).iter().map(reader).collect::<Option<_>>()?;
+        (!readers.is_empty() && self.float(v)).then_some(readers)
+    }
+
+    /// Has what an op gives held in 8 bits, behind the activation function that is its only reader if that is possible. All
+    /// readers get it so; but an output of the graph stays what it is.
     fn give(&mut self, op: Op, like: Option<Value>) {
-        let Some(mut y) = self.m.ops[op].result(0) else { return };
-        if let [Use::Operand(next, 0)] = self.uses.of(y)
-            && like.is_none()
-            && (self.m.ops[*next].is("onnx.Relu") || self.m.ops[*next].is("onnx.Clip"))
-            && let Some(end) = self.m.ops[*next].result(0)
-        {
-            y = end;
-        }
-        let readers: Option<Vec<(Op, usize)>> = self
-            .uses
-            .of(y)
-            .iter()
-            .map(|u| match u {
-                Use::Operand(op, i) => Some((*op, *i)),
-                Use::Result(..) => None,
-            })
-            .collect();
-        let Some(readers) = readers.filter(|r| !r.is_empty() && self.float(y)) else { return };
+        let clipped = if like.is_none() { self.clipped(op) } else { None };
+        let ends = clipped.into_iter().chain(self.m.ops[op].result(0));
+        let Some((y, readers)) = ends.into_iter().find_map(|y| Some((y, self.readers(y)?))) else { return };
         self.inner.insert(y);
         if !self.places.contains_key(&y) {
             self.order.push(y);

@@ -51,6 +51,7 @@ pub mod store;
 #[cfg(test)]
 pub mod testing;
 pub mod tied;
+pub mod trial;
 
 use dialects::exec::ExecError;
 use dialects::ir::{Module, Op, OpName, Value};
@@ -115,6 +116,14 @@ pub enum PassError {
         /// What was expected and what was found.
         why: String,
     },
+    /// What the model is to run on has no such form.
+    #[error("{pass}: {why}")]
+    Profile {
+        /// The pass.
+        pass: &'static str,
+        /// What it has no form for, and what to do instead.
+        why: String,
+    },
     /// Running the model on calibration data failed.
     #[error("calibration: {0}")]
     Exec(#[from] ExecError),
@@ -142,6 +151,11 @@ pub trait Env: Sync {
     /// Statistics that the user gave, to be taken in place of those of a run over calibration data.
     fn given_statistics(&self) -> Option<&ranges::Statistics> {
         None
+    }
+
+    /// Whether those that a pass leaves are saved: they must say then of which model they are.
+    fn saves_statistics(&self) -> bool {
+        false
     }
 
     /// How far the outputs of `m` are from those of the model before the pipeline, over the calibration data, or as much
@@ -300,6 +314,10 @@ pub trait Pass: Send + Sync {
     fn rewrites(&self) -> bool {
         false
     }
+    /// Why the passes before it are not to quantize a weight, where this one gains nothing from its codes.
+    fn leaves_float(&self, _m: &Module, _weight: &linear::Linear) -> Option<String> {
+        None
+    }
     /// Whether it runs the model on calibration data.
     fn needs_calibration(&self) -> bool {
         false
@@ -415,6 +433,11 @@ impl PassCx<'_> {
     /// Counts something that the pass did, for `--stats`.
     pub fn count(&mut self, what: &str, n: u64) {
         self.report.count(what, n);
+    }
+
+    /// Whether a pass may find nothing to work on: the user allows it, or all weights stay float for the speed of it.
+    pub fn may_find_nothing(&self) -> bool {
+        self.settings.allow_noop || self.report.counts.contains_key(quantize::NONE_GAINS)
     }
 
     /// Reports a weight-bearing op that stays as it is, and why.

@@ -162,7 +162,14 @@ pub fn operator(m: &Module, uses: &Uses, op: Op) -> Option<Result<&'static str, 
         "onnx.Gemm" if held(0) && weight() => {
             let one = |name| data.attrs.float(name).unwrap_or(1.0) == 1.0;
             let plain = one("alpha") && one("beta") && data.attrs.int("transA").unwrap_or(0) == 0;
+            let clipped = data.result(0).and_then(|y| match uses.of(y) {
+                [Use::Operand(next, 0)] => bounds(m, *next),
+                _ => None,
+            });
             match plain && bias(m, op) {
+                true if clipped.is_some() && target(m, uses, op).is_none() => {
+                    Err("it is made one op of floats with what clips its result")
+                }
                 true => Ok("com.microsoft.QGemm"),
                 false => Err("a Gemm with factors, transA, or a bias that is no constant"),
             }

@@ -50,6 +50,10 @@ impl Pass for PackInt4 {
     }
 
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
+        if cx.settings.profile == "tensorrt" {
+            let why = "TensorRT has no MatMulNBits; pack with pack-qdq".into();
+            return Err(PassError::Profile { pass: NAME, why });
+        }
         let mut found = 0u64;
         let mut packed = 0u64;
         for op in m.live_ops() {

@@ -47,7 +47,7 @@ impl Pass for PackOperators {
     fn run(&self, m: &mut Module, cx: &mut PassCx) -> Result<Changed, PassError> {
         if cx.settings.profile == "tensorrt" {
             let why = "TensorRT takes QuantizeLinear and DequantizeLinear; pack with pack-qdq".into();
-            return Err(PassError::Nothing { pass: NAME, why });
+            return Err(PassError::Profile { pass: NAME, why });
         }
         let packed = pack_rest(m, cx, NAME)?;
         let mut made: BTreeMap<&str, u64> = BTreeMap::new();
@@ -63,7 +63,7 @@ impl Pass for PackOperators {
             }
         }
         if made.is_empty() {
-            if cx.settings.allow_noop {
+            if cx.may_find_nothing() {
                 return Ok(if packed > 0 { Changed::Yes } else { Changed::No });
             }
             let why = "no product reads its activation in codes; put those in first, as in \

@@ -47,7 +47,7 @@ impl Pass for PackQdq {
         let packed = pack_rest(m, cx, NAME)?;
         if packed == 0 {
             // What `mixed` chose may all be float.
-            if cx.settings.allow_noop || cx.report.mix.is_some() {
+            if cx.may_find_nothing() || cx.report.mix.is_some() {
                 return Ok(Changed::No);
             }
             let why = "no quantized weights are there to pack; quantize first, as in `rtn,pack-qdq`".into();

@@ -7,7 +7,7 @@ use crate::errors::StepErrors;
 use crate::grid::{self, Float, GridError, Layout, Matrix, Parts, Quantizer, Ranges, Spec, Stats};
 use crate::linear::{Form, KERNEL_HINT, Linear, Weighted, find, kept};
 use crate::qtensor::{QTensor, constant, container, read};
-use crate::{Changed, Filter, PassCx, PassError, Settings, WeightReport, computed, dce};
+use crate::{Changed, Filter, PassCx, PassError, Report, Settings, WeightReport, computed, dce};
 use dialects::ir::{ConstData, Elem, Module, Op, OpBuilder, Region, Type, Value};
 use dialects::tensor::Tensor;
 use half::{bf16, f16};
@@ -153,8 +153,12 @@ impl Shared {
     }
 }
 
+/// The counter of weights that could be quantized and stay float for the speed of it, where that is all of them.
+pub const NONE_GAINS: &str = "weights of which none gains speed";
+
 /// Runs `quantize` on the weights that a pass is to quantize, those of kernels when it can, and clears up after it. A
-/// weight that was an input of the graph too is none any more. Without any weight the pass fails, unless that is allowed.
+/// weight that was an input of the graph too is none any more. Without any weight the pass fails, unless that is allowed, or
+/// a later pass has them all stay float.
 pub fn each(
     m: &mut Module,
     cx: &mut PassCx,
@@ -167,7 +171,13 @@ pub fn each(
     computed::fold(m, cx, filter, if kernels { &forms } else { &forms[..2] });
     let weights = candidates(m, cx, filter, kernels);
     if weights.is_empty() {
-        if cx.settings.allow_noop {
+        let mut unsaid = Report::default();
+        let mut alone = PassCx { report: &mut unsaid, rest: &[], ..*cx };
+        if let n @ 1.. = candidates(m, &mut alone, filter, kernels).len() {
+            cx.count(NONE_GAINS, n as u64);
+            cx.report.warn(format!("{pass}: all {n} weights stay float, for the reasons that are listed"));
+        }
+        if cx.may_find_nothing() {
             return Ok(Changed::No);
         }
         return Err(PassError::Nothing { pass, why: nothing(m, cx, filter, kernels) });
@@ -239,7 +249,9 @@ pub fn candidates(m: &Module, cx: &mut PassCx, filter: &Filter, kernels: bool) -
         };
         let data = &m.ops[l.op];
         let name = m.value_label(l.weight);
-        if let Some(why) = filter.refuses(&[&data.node, &data.loc, &name], &data.name) {
+        let refused = filter.refuses(&[&data.node, &data.loc, &name], &data.name);
+        let later = || cx.rest.iter().find_map(|pass| pass.leaves_float(m, &l));
+        if let Some(why) = refused.or_else(later) {
             cx.left(m, l.op, why);
             continue;
         }

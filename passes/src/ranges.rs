@@ -22,6 +22,46 @@ pub struct Statistics {
     pub percentile: f64,
     /// The histograms.
     pub tensors: BTreeMap<String, Histogram>,
+    /// Of the same tensors, what was seen of each channel, if that was asked for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub channels: BTreeMap<String, Channels>,
+}
+
+/// What was seen of each channel of a tensor.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Channels {
+    /// The dim of the channels.
+    pub axis: usize,
+    /// The least value of each, at most zero.
+    pub min: Vec<f32>,
+    /// The greatest, at least zero.
+    pub max: Vec<f32>,
+    /// The mean of the values' magnitudes.
+    pub magnitude: Vec<f32>,
+}
+
+impl Channels {
+    /// Why these are of no values.
+    fn check(&self) -> Result<(), String> {
+        let Channels { min, max, magnitude, .. } = self;
+        if max.len() != min.len() || magnitude.len() != min.len() {
+            return Err(format!(
+                "{} least values of channels, {} greatest and {} means",
+                min.len(),
+                max.len(),
+                magnitude.len()
+            ));
+        }
+        for (c, ((&min, &max), &mean)) in min.iter().zip(max).zip(magnitude).enumerate() {
+            let range = min.is_finite() && max.is_finite() && min <= 0.0 && max >= 0.0;
+            if !range || !(0.0..=max.max(-min)).contains(&mean) {
+                return Err(format!(
+                    "channel {c}: expected a finite range with zero in it, found {min} to {max}"
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Statistics {
@@ -35,6 +75,9 @@ impl Statistics {
         let read: Statistics = serde_json::from_str(text).map_err(|e| e.to_string())?;
         for (name, histogram) in &read.tensors {
             histogram.check().map_err(|why| format!("{name:?}: {why}"))?;
+        }
+        for (name, channels) in &read.channels {
+            channels.check().map_err(|why| format!("{name:?}: {why}"))?;
         }
         Ok(read)
     }

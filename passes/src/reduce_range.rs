@@ -66,7 +66,7 @@ impl Pass for ReduceRange {
             }
             reduced += reduce(m, op, &q, placed.op)?;
         }
-        if rows == 0 && !cx.settings.allow_noop {
+        if rows == 0 && !cx.may_find_nothing() {
             let why =
                 "no product has a weight of 8 bits with one scale for each output; quantize weights first"
                     .into();

@@ -14,7 +14,7 @@ use dialects::tensor::Tensor;
 pub fn found(m: &Module, cx: &PassCx, filter: &Filter) -> Vec<Group> {
     let mut unsaid = Report::default();
     let mut quiet =
-        PassCx { ops: cx.ops, env: cx.env, settings: cx.settings, report: &mut unsaid, rest: cx.rest };
+        PassCx { ops: cx.ops, env: cx.env, settings: cx.settings, report: &mut unsaid, rest: &[] };
     groups(m, candidates(m, &mut quiet, filter, false))
 }
 

@@ -8,10 +8,8 @@
 use crate::linear::{Weighted, find};
 use crate::qtensor::QTensor;
 use crate::quantize::{float, matrix};
-use crate::{
-    CalibSink, Distance, Env, Pass, PassCx, PassError, Progress, Report, Scratch, Store, Stream,
-    WeightReport, dce,
-};
+use crate::trial::Trial;
+use crate::{Env, Pass, PassCx, PassError, Report, WeightReport, dce};
 use bytes::Bytes;
 use dialects::ir::infer::infer;
 use dialects::ir::{ConstData, ConstError, ConstId, Module, Op, Use, Value};
@@ -53,16 +51,22 @@ impl Variant {
         let given: Vec<Value> = consts.into_iter().filter(|&v| out.const_of(v).is_some()).collect();
         out.regions[top].args.retain(|v| !given.contains(v));
         let unscaled = hashes(m)?;
-        let recorder =
-            Recorder { env: cx.env, unscaled: unscaled.values().copied().collect(), found: Mutex::default() };
+        let known: HashSet<[u8; 32]> = unscaled.values().copied().collect();
+        let found = Mutex::new(Vec::new());
+        let seen = |value: Value, weight: &dyn Fn() -> Result<Tensor, PassError>| {
+            let float = Float::of(weight()?, &known, cx.env)?;
+            found.lock().unwrap_or_else(PoisonError::into_inner).push((value, float));
+            Ok(())
+        };
+        let env = Trial::new(cx.env).watched(&seen).resuming();
         let mut report = Report::default();
         for pass in passes {
             let mut cx =
-                PassCx { ops: cx.ops, env: &recorder, settings: cx.settings, report: &mut report, rest: &[] };
+                PassCx { ops: cx.ops, env: &env, settings: cx.settings, report: &mut report, rest: &[] };
             pass.run(&mut out, &mut cx)?;
             infer(&mut out, cx.ops);
         }
-        let found = recorder.found.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
         report.warnings.drain(..).for_each(|w| cx.report.warn(w));
         for l in report.left.drain(..) {
             cx.report.left.retain(|o| (&o.node, &o.op) != (&l.node, &l.op));
@@ -202,6 +206,22 @@ enum Float {
     Scaled(ConstData),
 }
 
+impl Float {
+    /// The weight that a pass quantizes; `unscaled` are those of the model.
+    fn of(weight: Tensor, unscaled: &HashSet<[u8; 32]>, env: &dyn Env) -> Result<Float, PassError> {
+        let konst = weight.to_const();
+        let fail = |e: ConstError| PassError::Env(e.to_string());
+        let hash = konst.hash().map_err(fail)?;
+        if unscaled.contains(&hash) {
+            return Ok(Float::Unscaled(hash));
+        }
+        let bytes = konst.read().map_err(fail)?;
+        let mut kept = env.scratch(bytes.len())?;
+        kept.bytes().copy_from_slice(&bytes);
+        Ok(Float::Scaled(ConstData::new(konst.elem, konst.dims.clone(), kept.freeze()).map_err(fail)?))
+    }
+}
+
 /// Puts a scaled weight into the module, as the value that stands for `quantized`.
 fn scaled(m: &mut Module, quantized: Value, weight: ConstData) -> Result<Value, PassError> {
     let ty = m.ty(quantized).as_tensor().cloned();
@@ -246,60 +266,6 @@ fn hashes(m: &Module) -> Result<HashMap<(Op, usize), [u8; 32]>, PassError> {
         out.insert((l.op, l.operand_index), hash);
     }
     Ok(out)
-}
-
-/// The outside world of the passes, which also keeps what their weights were.
-struct Recorder<'a> {
-    env: &'a dyn Env,
-    unscaled: HashSet<[u8; 32]>,
-    found: Mutex<Vec<(Value, Float)>>,
-}
-
-impl Env for Recorder<'_> {
-    fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError> {
-        self.env.calibrate(m, wanted, sink)
-    }
-
-    fn stream(&self) -> Result<Box<dyn Stream + '_>, PassError> {
-        self.env.stream()
-    }
-
-    fn distance(&self, m: &Module) -> Result<Distance, PassError> {
-        self.env.distance(m)
-    }
-
-    fn scratch(&self, len: usize) -> Result<Box<dyn Scratch>, PassError> {
-        self.env.scratch(len)
-    }
-
-    fn progress(&self, task: &str, total: u64) -> Box<dyn Progress> {
-        self.env.progress(task, total)
-    }
-
-    fn quantized(
-        &self,
-        value: Value,
-        weight: &dyn Fn() -> Result<Tensor, PassError>,
-    ) -> Result<(), PassError> {
-        let konst = weight()?.to_const();
-        let fail = |e: ConstError| PassError::Env(e.to_string());
-        let hash = konst.hash().map_err(fail)?;
-        let float = match self.unscaled.contains(&hash) {
-            true => Float::Unscaled(hash),
-            false => {
-                let bytes = konst.read().map_err(fail)?;
-                let mut kept = self.env.scratch(bytes.len())?;
-                kept.bytes().copy_from_slice(&bytes);
-                Float::Scaled(ConstData::new(konst.elem, konst.dims.clone(), kept.freeze()).map_err(fail)?)
-            }
-        };
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).push((value, float));
-        Ok(())
-    }
-
-    fn store(&self) -> Option<&dyn Store> {
-        self.env.store()
-    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,9 @@ use crate::eqsat::{self, Channels};
 use crate::extremes::{self, Extremes};
 use crate::grid::{self, Float, Spec};
 use crate::group::{self, Group, Rows};
+use crate::report::Said;
 use crate::scale;
+use crate::store::{Finished, Key, Work};
 use crate::{Changed, Exactness, Filter, Pass, PassCx, PassError, report};
 use dialects::ir::{Module, Value, infer};
 use dialects::kernels::gemm::{self, Mat};
@@ -118,12 +120,17 @@ impl Pass for SmoothMigrate {
                 false => Err(PassError::Nothing { pass: NAME, why }),
             };
         }
+        let work = Work::begin(m, cx, NAME, self)?;
+        let keys: Vec<Key> = groups.iter().map(|g| work.key(m, &g.weights)).collect();
+        let find = |(g, key): (&Group, &Key)| work.finished(m, cx, key, &g.weights);
+        let mut finished: Vec<Option<Finished>> =
+            groups.iter().zip(&keys).map(find).collect::<Result<_, _>>()?;
         let constants = m.consts.len();
         let nodes: Vec<_> = groups.iter().map(|g| scale::nodes(m, g)).collect();
         let rows = if self.alpha == Alpha::Auto { ROWS } else { 0 };
-        let known = |g: &&Group| Channels::Last.of(m.ty(g.x)).is_some();
+        let open = groups.iter().zip(&finished).filter(|(_, done)| done.is_none()).map(|(g, _)| g.x);
         let values: Vec<(Value, Channels)> =
-            groups.iter().filter(known).map(|g| (g.x, Channels::Last)).collect();
+            open.filter(|&x| Channels::Last.of(m.ty(x)).is_some()).map(|x| (x, Channels::Last)).collect();
         let seen = extremes::collect(m, cx, &values, rows, NAME)?;
         let mut said: BTreeMap<String, Vec<String>> = BTreeMap::new();
         let mut smoothed = 0;
@@ -131,14 +138,25 @@ impl Pass for SmoothMigrate {
         // Backwards: the weights that a scale lands in are then looked at as they will be.
         for (i, found) in groups.iter().enumerate().rev() {
             let group = scale::current(m, cx, NAME, &self.filter, found, &nodes[i])?;
-            let what = match self.scale(m, cx, &group, seen.get(&found.x))? {
-                Ok((alpha, s)) => {
-                    scale::apply(m, cx, NAME, &group, &s)?;
-                    smoothed += 1;
-                    format!("scaled with alpha {alpha}")
+            let done = match finished[i].take() {
+                Some(done) => done,
+                None => {
+                    let (scale, what) = match self.scale(m, cx, &group, seen.get(&found.x))? {
+                        Ok((alpha, s)) => (Some(s), format!("scaled with alpha {alpha}")),
+                        Err(why) => (None, format!("left as it is: {why}")),
+                    };
+                    let said = Said { notes: vec![what], ..Said::default() };
+                    let done = Finished { scale, weights: Vec::new(), said };
+                    work.keep(&keys[i], &done)?;
+                    done
                 }
-                Err(why) => format!("left as it is: {why}"),
             };
+            if let Some(s) = &done.scale {
+                scale::apply(m, cx, NAME, &group, s)?;
+                smoothed += 1;
+            }
+            // Values of which the same is said are named together.
+            let what = done.said.notes.into_iter().next().unwrap_or_default();
             said.entry(what).or_default().push(m.value_label(group.x));
             if !progress.advance(1) {
                 return Err(PassError::Env("interrupted".into()));

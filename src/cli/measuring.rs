@@ -86,6 +86,7 @@ impl<'a> Measuring<'a> {
             store: None,
             statistics: Default::default(),
             given_statistics: None,
+            saves_statistics: false,
             originals: None,
         };
         let settings = Settings::default();

@@ -338,6 +338,7 @@ fn env(
         baseline: needed.then(|| Baseline::new(m.clone(), data.measure_samples)),
         statistics: Default::default(),
         given_statistics: None,
+        saves_statistics: args.statistics.stats_out.is_some(),
         originals: args.debug.check.then(Default::default),
     })
 }

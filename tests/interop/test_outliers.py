@@ -15,7 +15,7 @@ from common import TESTDATA, logits, perplexity, qcc, session
 MODEL = TESTDATA / "tinylm.onnx"
 CALIB = ["--calib", TESTDATA / "calib_ids.npy", "--calib-samples", 16]
 # Weights of 7 bits: sums of pairs of products then fit 16 bits on every CPU.
-STATIC = "rtn{bits=7, group=-1, symmetric=true, narrow=true},calibrate{method=percentile},insert-fake-quant,pack-qdq"
+STATIC = "rtn{bits=7, group=-1, symmetric=true, narrow=true},calibrate{method=percentile},insert-fake-quant{min_size=0},pack-qdq"
 
 
 def watched(path, folder):

@@ -3,7 +3,8 @@
 //! `cargo bench -p qcc-codegen-mlir --features mlir --bench gemv [-- MiB [threads]]`
 #![allow(unsafe_code)]
 
-use codegen::kernels::packed::{Form, prepare, product};
+use codegen::kernels::packed::{Form, prepare};
+use codegen::kernels::packed_product::product;
 use codegen::kernels::{Kernel, module};
 use codegen::{Request, Target, link};
 use multiversion::multiversion;

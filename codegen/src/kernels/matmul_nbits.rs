@@ -1,7 +1,8 @@
 //! `com.microsoft.MatMulNBits` as a packed product, and the elementwise ops after it on its sums while they are in
 //! registers.
 
-use super::packed::{Form, Parts, prepare, product};
+use super::packed::{Form, Parts, prepare};
+use super::packed_product::product;
 use super::{Args, Blob, Buffer, Lowered, Step, elementwise, pointwise};
 use crate::fuse::Fused;
 use crate::size::Size;

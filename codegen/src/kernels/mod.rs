@@ -9,6 +9,7 @@ pub mod math;
 pub mod matmul_nbits;
 pub mod norm;
 pub mod packed;
+pub mod packed_product;
 pub mod pointwise;
 
 use crate::size::Size;

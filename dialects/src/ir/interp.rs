@@ -7,6 +7,7 @@
 use super::calls::{self, Callee, Callees, Frame};
 use super::{Attrs, ConstId, Function, Module, Op, OpData, Region, Symbol, Value, graph};
 use crate::exec::{ExecError, Executor, Prepared, Sink};
+use crate::kernels::buffers;
 use crate::onnx::{attributes, functions};
 use crate::ops::{EvalCx, Evaluated, Item, OpError, Ops};
 use crate::tensor::Tensor;
@@ -111,6 +112,8 @@ struct Ready<'m> {
     /// The bodies that specifications give, where the model calls some.
     bodies: Option<Box<Ready<'static>>>,
     natives: Option<Arc<dyn Natives>>,
+    /// What runs give back is freed with what was made ready for them.
+    _buffers: buffers::Clear,
 }
 
 impl Executor for Interpreter {
@@ -148,7 +151,17 @@ impl<'m> Planner<'m> {
     fn finish(self, settings: Settings) -> Ready<'m> {
         let bodies = self.bodies.map(|b| Box::new(b.finish(settings)));
         let (plan, given, kept) = (Plan::default(), HashSet::new(), HashMap::new());
-        Ready { m: self.m, settings, plan, given, plans: self.plans, kept, bodies, natives: None }
+        Ready {
+            m: self.m,
+            settings,
+            plan,
+            given,
+            plans: self.plans,
+            kept,
+            bodies,
+            natives: None,
+            _buffers: buffers::Clear,
+        }
     }
 
     /// What `wanted` need, where `given` are there already.
@@ -361,9 +374,12 @@ impl Ready<'_> {
                 }
                 env.set(v, Some(item));
             }
+            drop(operands);
             // Inside a nested region, values of the outer ones stay: the next iteration reads them again.
             for v in &step.frees {
-                env.own.borrow_mut().remove(v);
+                if let Some(Some(Item::Tensor(t))) = env.own.borrow_mut().remove(v) {
+                    t.recycle();
+                }
             }
         }
         Ok(())

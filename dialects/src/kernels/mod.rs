@@ -2,6 +2,7 @@
 //! tiles of a size that depends on shapes alone, and a float sum is never split over threads.
 
 pub mod attention;
+pub mod buffers;
 pub mod gemm;
 pub mod math;
 pub mod minifloat;

@@ -3,6 +3,7 @@
 //! A walk is a list of dims with one stride per operand, merged as far as the strides allow, so that a
 //! contiguous operand becomes one long row. Row-major throughout; strides and offsets count elements.
 
+use super::buffers;
 use crate::ops::OpError;
 use rayon::prelude::*;
 
@@ -25,14 +26,15 @@ pub fn count(shape: &[usize]) -> Result<usize, OpError> {
     }
 }
 
-/// A vector of `len` elements filled by `f(start, chunk)`, in fixed chunks on all threads when it is long.
-pub fn build<T: Clone + Default + Send>(len: usize, f: impl Fn(usize, &mut [T]) + Sync) -> Vec<T> {
+/// A vector of `len` elements filled by `f(start, chunk)`, in fixed chunks on all threads when it is long. What a chunk holds
+/// before is anything: `f` writes every element.
+pub fn build<T: Clone + Default + Send + 'static>(len: usize, f: impl Fn(usize, &mut [T]) + Sync) -> Vec<T> {
     build_by(len, &f)
 }
 
 /// [`build`], compiled once for each element type rather than for each op: the difference is minutes of build time.
-fn build_by<T: Clone + Default + Send>(len: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) -> Vec<T> {
-    let mut out = vec![T::default(); len];
+fn build_by<T: Clone + Default + Send + 'static>(len: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) -> Vec<T> {
+    let mut out = buffers::take(len);
     if len < PARALLEL {
         f(0, &mut out);
     } else {
@@ -169,7 +171,7 @@ impl<const K: usize> Walk<K> {
 }
 
 /// The elements of `x` in the order of a strided view: element `base`, then steps of `strides` through `shape`.
-pub fn gather<T: Clone + Default + Send + Sync>(
+pub fn gather<T: Clone + Default + Send + Sync + 'static>(
     x: &[T],
     shape: &[usize],
     strides: &[isize],
@@ -197,7 +199,7 @@ pub fn gather<T: Clone + Default + Send + Sync>(
 }
 
 /// `f` of every element.
-pub fn map<A: Sync, C: Clone + Default + Send>(x: &[A], f: impl Fn(&A) -> C + Sync) -> Vec<C> {
+pub fn map<A: Sync, C: Clone + Default + Send + 'static>(x: &[A], f: impl Fn(&A) -> C + Sync) -> Vec<C> {
     build(x.len(), |start, out| {
         for (o, a) in out.iter_mut().zip(&x[start..]) {
             *o = f(a);
@@ -206,7 +208,7 @@ pub fn map<A: Sync, C: Clone + Default + Send>(x: &[A], f: impl Fn(&A) -> C + Sy
 }
 
 /// `f` of pairs of elements of contiguous operands, each with its shape, broadcast to `shape`.
-pub fn map2<A: Sync, B: Sync, C: Clone + Default + Send>(
+pub fn map2<A: Sync, B: Sync, C: Clone + Default + Send + 'static>(
     (a, sa): (&[A], &[usize]),
     (b, sb): (&[B], &[usize]),
     shape: &[usize],
@@ -237,7 +239,7 @@ pub fn map2<A: Sync, B: Sync, C: Clone + Default + Send>(
 }
 
 /// `f` of triples of elements of contiguous operands, each with its shape, broadcast to `shape`.
-pub fn map3<A: Sync, B: Sync, D: Sync, C: Clone + Default + Send>(
+pub fn map3<A: Sync, B: Sync, D: Sync, C: Clone + Default + Send + 'static>(
     (a, sa): (&[A], &[usize]),
     (b, sb): (&[B], &[usize]),
     (d, sd): (&[D], &[usize]),
@@ -245,11 +247,26 @@ pub fn map3<A: Sync, B: Sync, D: Sync, C: Clone + Default + Send>(
     f: impl Fn(&A, &B, &D) -> C + Sync,
 ) -> Vec<C> {
     let walk = Walk::broadcast(shape, [sa, sb, sd]);
-    let [ia, ib, id] = walk.inner().map(|s| s as usize);
+    let steps = walk.inner();
     build(shape.iter().product(), |start, out| {
         walk.rows(start, out.len(), |at, n, [i, j, l]| {
-            for (t, o) in out[at..at + n].iter_mut().enumerate() {
-                *o = f(&a[i + t * ia], &b[j + t * ib], &d[l + t * id]);
+            let out = &mut out[at..at + n];
+            match steps {
+                // One of two values for a mask, as a guard or a choice has it.
+                [1, 0, 1] => {
+                    let (y, rows) = (&b[j], a[i..i + n].iter().zip(&d[l..l + n]));
+                    out.iter_mut().zip(rows).for_each(|(o, (x, z))| *o = f(x, y, z));
+                }
+                [1, 1, 0] => {
+                    let (z, rows) = (&d[l], a[i..i + n].iter().zip(&b[j..j + n]));
+                    out.iter_mut().zip(rows).for_each(|(o, (x, y))| *o = f(x, y, z));
+                }
+                _ => {
+                    let [ia, ib, id] = steps.map(|s| s as usize);
+                    for (t, o) in out.iter_mut().enumerate() {
+                        *o = f(&a[i + t * ia], &b[j + t * ib], &d[l + t * id]);
+                    }
+                }
             }
         })
     })

@@ -4,6 +4,7 @@
 
 use super::util;
 use crate::ir::{Attrs, Dim, Elem, Type};
+use crate::kernels::buffers;
 use crate::kernels::gemm::{self, Mat, Scalar};
 use crate::kernels::strided;
 use crate::ops::{EvalCx, Evaluated, Fact, InferCx, Inferred, OpDef, OpError};
@@ -84,7 +85,7 @@ impl Stack {
 }
 
 /// `numpy.matmul` of operands whose matrices `product` multiplies: `(a, b, c)` with `c` to be filled.
-fn batched<T: Default + Clone + Send + Sync>(
+fn batched<T: Default + Clone + Send + Sync + 'static>(
     (a, a_shape): (&[T], &[usize]),
     (b, b_shape): (&[T], &[usize]),
     product: impl Fn(Mat<T>, Mat<T>, &mut [T]) + Sync,
@@ -100,7 +101,8 @@ fn batched<T: Default + Clone + Send + Sync>(
     }
     let (m, k, n) = (left.rows, left.cols, right.cols);
     let count = strided::count(&shape)?;
-    let mut c = vec![T::default(); count];
+    // A product writes every element, if only the sum of nothing.
+    let mut c = buffers::take(count);
     if count > 0 && left.batch.is_empty() && right.batch.iter().all(|&n| n == 1) {
         product(Mat::new(a, m, k), Mat::new(b, k, n), &mut c);
     } else if count > 0 {

@@ -31,7 +31,7 @@ fn kept<T: Clone>(dims: &[T], gone: &[usize], keep: bool, one: T) -> Vec<T> {
 }
 
 /// `x` with the dims `gone` moved to the end: rows that each give one result, and their length.
-fn lined_up<'a, T: Clone + Default + Send + Sync>(
+fn lined_up<'a, T: Clone + Default + Send + Sync + 'static>(
     x: &'a [T],
     shape: &[usize],
     gone: &[usize],

@@ -5,6 +5,7 @@
 use super::util;
 use crate::ir::Elem;
 use crate::kernels::real::{Real, with_real};
+use crate::kernels::strided;
 use crate::ops::{EvalCx, Evaluated, InferCx, Inferred, OpDef, OpError};
 use half::f16;
 use rayon::prelude::*;
@@ -83,7 +84,10 @@ fn along_axis<T: Real>(cx: &EvalCx, f: fn(&mut [T])) -> Evaluated {
     let shape = x.shape();
     let flatten = cx.opset < 13;
     let axis = place(cx.attrs.int("axis"), flatten, shape.len())?;
-    let mut data = T::values(x)?.into_owned();
+    let values = T::values(x)?;
+    let mut data = strided::build(values.len(), |start, out| {
+        out.copy_from_slice(&values[start..start + out.len()]);
+    });
     let (n, inner): (usize, usize) = match flatten || shape.is_empty() {
         true => (shape[axis..].iter().product(), 1),
         false => (shape[axis], shape[axis + 1..].iter().product()),

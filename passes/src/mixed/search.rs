@@ -3,12 +3,13 @@
 use super::apply::apply;
 use super::choice::Choice;
 use super::costs::Table;
-use super::finish::{Trial, finished};
+use super::finish::finished;
 use super::report::{Cost, LayerCosts, Mix, Points, Taken, Uniform, bytes};
 use super::solver::{self, Frontier, Offer, Solution, Sum};
 use super::{Bits, Growth, Measure, NAME, Size, Solver};
 use crate::linear::Form;
 use crate::quantize::Shared;
+use crate::trial::Trial;
 use crate::{Distance, PassCx, PassError, Report};
 use dialects::ir::Module;
 use std::collections::BTreeMap;
@@ -320,7 +321,7 @@ impl Work<'_> {
     ) -> Result<T, PassError> {
         let mut m = self.m.clone();
         let mut report = Report::default();
-        let env = Trial(cx.env);
+        let env = Trial::new(cx.env).silent();
         let of = |w| self.layers.choice(&solution.picks, w).ok_or_else(String::new);
         let chosen: Vec<Result<Choice, String>> = (0..self.layers.weights.len()).map(of).collect();
         let mut inner = PassCx { env: &env, report: &mut report, ..*cx };

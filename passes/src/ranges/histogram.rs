@@ -1,5 +1,6 @@
 //! Histograms whose range doubles: bounded memory, and the same counts in whatever parts the values come.
 
+use multiversion::multiversion;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +12,12 @@ const LEAST: i32 = -100;
 
 /// Values that one task counts.
 const CHUNK: usize = 1 << 16;
+
+/// Values whose bins are found at once.
+const BLOCK: usize = 256;
+
+/// Values that are looked at side by side.
+const LANES: usize = 16;
 
 /// How much of a new batch goes into the moving averages.
 const MOMENTUM: f64 = 0.01;
@@ -52,15 +59,7 @@ impl Look {
     const NOTHING: Look = Look { min: f32::INFINITY, max: f32::NEG_INFINITY, zeros: 0, not_finite: 0 };
 
     fn of(x: &[f32]) -> Look {
-        let mut look = Look::NOTHING;
-        for &x in x {
-            look.zeros += u64::from(x == 0.0);
-            look.not_finite += u64::from(!x.is_finite());
-            let finite = x.is_finite();
-            look.min = if finite && x < look.min { x } else { look.min };
-            look.max = if finite && x > look.max { x } else { look.max };
-        }
-        look
+        look(x)
     }
 
     fn and(self, other: Look) -> Look {
@@ -70,6 +69,47 @@ impl Look {
             zeros: self.zeros + other.zeros,
             not_finite: self.not_finite + other.not_finite,
         }
+    }
+}
+
+/// Each lane looks for itself, so that the compiler can put them side by side.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn look(x: &[f32]) -> Look {
+    let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    // Fewer than 2^32 in a lane: one task's values.
+    let (mut zeros, mut not_finite) = ([0u32; LANES], [0u32; LANES]);
+    let mut one = |l: usize, x: f32| {
+        let finite = x.abs() < f32::INFINITY;
+        zeros[l] += u32::from(x == 0.0);
+        not_finite[l] += u32::from(!finite);
+        min[l] = if finite && x < min[l] { x } else { min[l] };
+        max[l] = if finite && x > max[l] { x } else { max[l] };
+    };
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        (0..LANES).for_each(|l| one(l, x[l]));
+    }
+    rest.iter().enumerate().for_each(|(l, &x)| one(l, x));
+    let lane = |l: usize| Look {
+        min: min[l],
+        max: max[l],
+        zeros: zeros[l].into(),
+        not_finite: not_finite[l].into(),
+    };
+    (0..LANES).map(lane).fold(Look::NOTHING, Look::and)
+}
+
+/// The bin of each value, among `2 * HALF`, whose width is `1 / per_width`; what is zero or not finite has one of its own
+/// behind them.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn bins(x: &[f32], per_width: f32, out: &mut [u32]) {
+    for (out, &x) in out.iter_mut().zip(x) {
+        // Rounded down; `floor` is a call where the processor is not known to have it.
+        let place = x * per_width;
+        let whole = place as i32;
+        let bin = whole - i32::from(place < whole as f32) + HALF as i32;
+        let bin = bin.clamp(0, 2 * HALF as i32 - 1) as u32;
+        *out = if x == 0.0 || x.abs() >= f32::INFINITY || x.is_nan() { 2 * HALF as u32 } else { bin };
     }
 }
 
@@ -157,15 +197,20 @@ impl Histogram {
             .par_chunks(CHUNK)
             .map(|x| {
                 // Zeros and what is not finite go to a bin of their own, which is not looked at.
-                let mut counts = vec![0u32; 2 * HALF + 1];
-                for &x in x {
-                    // Rounded down; `floor` is a call where the processor is not known to have it.
-                    let place = x * per_width;
-                    let whole = place as i32;
-                    let bin = whole - i32::from(place < whole as f32) + HALF as i32;
-                    let bin = bin.clamp(0, 2 * HALF as i32 - 1) as usize;
-                    counts[if x == 0.0 || !x.is_finite() { 2 * HALF } else { bin }] += 1;
+                // Two tables in turn: neighbours often share a bin, and a count must be written before it is read again.
+                let mut counts = [vec![0u32; 2 * HALF + 1], vec![0u32; 2 * HALF + 1]];
+                let mut places = [0u32; BLOCK];
+                for x in x.chunks(BLOCK) {
+                    bins(x, per_width, &mut places);
+                    let (pairs, rest) = places[..x.len()].as_chunks::<2>();
+                    for &[a, b] in pairs {
+                        counts[0][a as usize] += 1;
+                        counts[1][b as usize] += 1;
+                    }
+                    rest.iter().for_each(|&a| counts[0][a as usize] += 1);
                 }
+                let [mut counts, other] = counts;
+                counts.iter_mut().zip(other).for_each(|(n, m)| *n += m);
                 counts
             })
             .collect();

@@ -95,7 +95,10 @@ fn statistics_are_saved() {
     let mut x = normal(5000);
     x.extend([0.0, 1e-30, -70.0]);
     let tensors = [("x".to_string(), histogram(&x)), ("zero".into(), histogram(&[0.0; 3]))].into();
-    let kept = Statistics { model: "ab".into(), method: Method::Mse, percentile: 99.9, tensors };
+    let of_channels =
+        Channels { axis: 1, min: vec![-1.5, 0.0], max: vec![0.0, 2.0], magnitude: vec![0.25, 1.0] };
+    let channels = [("x".to_string(), of_channels)].into();
+    let kept = Statistics { model: "ab".into(), method: Method::Mse, percentile: 99.9, tensors, channels };
     let text = kept.text().unwrap();
     assert_eq!(Statistics::parse(&text).unwrap(), kept);
     let spoiled = [
@@ -106,6 +109,10 @@ fn statistics_are_saved() {
         ("\"counts\":[[", "\"counts\":[[4096,1],[", "a bin at 4096"),
         ("\"exponent\":7", "\"exponent\":2000", "2^2000"),
         ("\"zeros\":3", "\"zeros\":-1", "invalid value"),
+        ("[-1.5,0.0]", "[-1.5,0.5]", "channel 1: expected a finite range with zero in it"),
+        ("[-1.5,0.0]", "[-1e39,0.0]", "finite range"),
+        ("[-1.5,0.0]", "[-1.5]", "1 least values of channels, 2 greatest"),
+        ("[0.25,1.0]", "[0.25,-1.0]", "channel 1"),
     ];
     for (old, new, expected) in spoiled {
         assert!(text.contains(old), "{old} in {text}");

@@ -2,7 +2,8 @@
 
 use crate::harness::{Loaded, load, targets};
 use codegen::Target;
-use codegen::kernels::packed::{Form, Parts, prepare, product};
+use codegen::kernels::packed::{Form, Parts, prepare};
+use codegen::kernels::packed_product::product;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
