@@ -219,7 +219,9 @@ fn given_for(
         Ok::<_, PassError>((name, found))
     };
     let tensors = wanted.iter().map(one).collect::<Result<_, _>>()?;
-    Ok((tensors, channels.iter().map(each).collect::<Result<_, _>>()?))
+    // In order, so that the same tensor is missed in every run.
+    let channels = wanted.iter().filter_map(|v| Some((v, channels.get(v)?)));
+    Ok((tensors, channels.map(each).collect::<Result<_, _>>()?))
 }
 
 /// Products with weights, whether these are quantized already or not.

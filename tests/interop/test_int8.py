@@ -296,15 +296,15 @@ class Int8(unittest.TestCase):
         np.testing.assert_array_equal(np.float32(of["min"]), np.float32(by_channel.min(1)))
         np.testing.assert_array_equal(np.float32(of["max"]), np.float32(by_channel.max(1)))
         np.testing.assert_allclose(of["magnitude"], np.abs(by_channel).mean(1), rtol=1e-6)
-        # What is saved is taken: it is the same when it is saved again. Along another axis there are none.
+        # What is saved is taken, and the same when it is saved again. Along another axis there are none.
         again = self.folder / "again.json"
         how = ["--stats-in", kept, "--dry-run", "--quiet", "--allow-noop"]
         qcc(model, "--pass", "calibrate{per=channel, axis=1}", *how, "--stats-out", again)
-        self.assertEqual(again.read_text(), text)
+        self.assertEqual(json.loads(again.read_text())["channels"], found)
         said = qcc(model, "--pass", "calibrate{per=channel, axis=2}", *how, fails=1)
         self.assertIn("do not have its 32 channels along dim 2", " ".join(said.replace("│", " ").split()))
-        said = qcc(model, "--pass", "calibrate{per=channel, axis=9}", *flags, fails=1)
-        self.assertIn("no activation has a known number of channels along 9", " ".join(said.replace("│", " ").split()))
+        said = qcc(model, "--pass", "calibrate{per=channel, axis=9}", *flags, fails=2)
+        self.assertIn("no activation has a known number of channels", " ".join(said.replace("│", " ").split()))
 
     def test_tensorrt(self):
         x, calib = self.pictures()
