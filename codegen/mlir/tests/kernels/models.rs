@@ -83,13 +83,14 @@ pub fn check(m: &Module, dims: &[&[(&str, usize)]], compiled: usize, tolerance: 
     for sizes in dims {
         let given = inputs(m, sizes, &mut rng);
         let expected = run_once(&interpreter, m, &given, &wanted).unwrap();
-        let mut found = Vec::new();
+        let mut came = std::collections::HashMap::new();
         ready
-            .run(&given, &mut |_, item| {
-                found.push(item.clone());
+            .run(&given, &mut |v, item| {
+                came.insert(v, item.clone());
                 Ok(())
             })
             .unwrap();
+        let found: Vec<Item> = wanted.iter().map(|v| came.remove(v).unwrap()).collect();
         for (f, e) in found.iter().zip(&expected) {
             close(&format!("{sizes:?}"), f.tensor().unwrap(), e.tensor().unwrap(), tolerance);
         }
