@@ -1,6 +1,6 @@
 //! The executor that compiles: what is fused runs as machine code, every other op in the interpreter.
 
-use crate::kernels::{Blob, Buffer};
+use crate::kernels::{Blob, Buffer, Lowered};
 use crate::{Compiler, Size, Target, build, fuse, lower, memory};
 use dialects::exec::{ExecError, Executor, Prepared, Sink};
 use dialects::ir::interp::{Interpreter, Natives};
@@ -89,7 +89,7 @@ impl Native {
         let mut summary = Summary::default();
         let mut lowered = Vec::new();
         for &op in &m.regions[m.top].ops {
-            match lower::lower(&m, op, &self.target) {
+            match lower::lower(&m, op, &self.target).filter(|l| closed(&m, op, l)) {
                 Some(l) => {
                     summary.compiled += m.ops[op].attrs.graph("body").map_or(0, |b| m.regions[b].ops.len());
                     lowered.push((op, l));
@@ -134,6 +134,17 @@ impl Native {
         let compiled = Compiled { ops: ops.collect(), kernels: loaded, _dir: dir };
         Ok((m, compiled, summary))
     }
+}
+
+/// Whether every size that the kernels and their results need is a dim of an operand: declared types may name a dim that
+/// no operand has.
+fn closed(m: &Module, op: Op, lowered: &Lowered) -> bool {
+    let sizes = |values: &[Option<Value>]| -> Vec<Size> {
+        values.iter().flatten().filter_map(|&v| Size::shape(m.ty(v))).flatten().collect()
+    };
+    let (given, made) = (sizes(&m.ops[op].operands), sizes(&m.ops[op].results));
+    let given: HashSet<&str> = given.iter().flat_map(Size::names).collect();
+    made.iter().flat_map(Size::names).chain(lowered.names()).all(|n| given.contains(n))
 }
 
 #[allow(unsafe_code)]

@@ -38,6 +38,20 @@ pub enum PlanError {
         /// Its type.
         ty: String,
     },
+    /// A size that no input has.
+    #[error("the dim {dim:?} at node {node:?} is no dim of an input")]
+    Unknown {
+        /// The dim.
+        dim: String,
+        /// The source node.
+        node: String,
+    },
+    /// An output that no kernel would write.
+    #[error("the output {output:?} is an input, a constant, or another output")]
+    Output {
+        /// The output.
+        output: String,
+    },
     /// Sizes beyond what can be counted.
     #[error("the model is too large at these bounds")]
     TooLarge,
@@ -179,6 +193,15 @@ pub fn plan(
         }
     }
     let lowered = lower_all(m, target)?;
+    for (op, l) in &lowered {
+        let made = m.ops[*op].results.iter().flatten().filter_map(|&v| Size::shape(m.ty(v))).flatten();
+        let made: Vec<Size> = made.collect();
+        let names = made.iter().flat_map(Size::names).chain(l.iter().flat_map(Lowered::names));
+        if let Some(dim) = names.into_iter().find(|n| !dims.contains_key(*n)) {
+            let node = m.ops[*op].loc.to_string();
+            return Err(PlanError::Unknown { dim: dim.to_owned(), node });
+        }
+    }
     let bytes = |v: Value| -> Result<u64, PlanError> {
         let p = port(v)?;
         let unit = memory::size(p.elem).ok_or(PlanError::TooLarge)?;
@@ -259,7 +282,7 @@ fn place(
     let mut places: HashMap<Value, Place> =
         args.iter().enumerate().map(|(i, &v)| (v, Place::Input(i))).collect();
     let results = &m.regions[m.top].results;
-    let mut known: HashMap<String, u64> = HashMap::new();
+    let mut emitted: HashSet<String> = HashSet::new();
     let mut blobs: HashMap<blake3::Hash, u64> = HashMap::new();
     let mut arena = Arena::default();
     for (i, (op, l)) in lowered.into_iter().enumerate() {
@@ -312,7 +335,7 @@ fn place(
                 units: s.units,
                 work: s.work,
             });
-            if known.insert(s.kernel.name.clone(), 1).is_none() {
+            if emitted.insert(s.kernel.name.clone()) {
                 out.kernels.push(s.kernel);
             }
         }
@@ -327,10 +350,7 @@ fn place(
     let computed = |v: &Value| matches!(places.get(&of(*v)), Some(Place::Output(_)));
     let mut seen = HashSet::new();
     if let Some(&v) = results.iter().find(|v| !computed(v) || !seen.insert(of(**v))) {
-        let name = m.value_label(v);
-        return Err(PlanError::NoKernel {
-            ops: vec![("an output that is an input, a constant or twice".into(), name)],
-        });
+        return Err(PlanError::Output { output: m.value_label(v) });
     }
     out.arena = arena.top.max(ALIGN);
     Ok(())

@@ -56,6 +56,16 @@ impl Size {
         }
     }
 
+    /// The named dims in it.
+    pub fn names(&self) -> Vec<&str> {
+        match self {
+            Size::Known(_) => Vec::new(),
+            Size::Dim(name) => vec![name],
+            Size::Add(a, b) | Size::Mul(a, b) => [a.names(), b.names()].concat(),
+            Size::DivUp(a, _) => a.names(),
+        }
+    }
+
     /// The value where the dims have these; `None` where one has none, or the value is beyond 63 bits.
     pub fn eval(&self, dim: &dyn Fn(&str) -> Option<u64>) -> Option<u64> {
         let value = match self {

@@ -17,7 +17,7 @@ use dialects::ops::Item;
 use dialects::tensor::{Data, Tensor};
 use serde::Serialize;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 #[derive(clap::Args)]
@@ -66,10 +66,14 @@ impl With {
         match self.executor {
             Kind::Interp => Box::new(Interpreter::new(ops).exact(self.exact)),
             Kind::Cpu => {
-                let term = cx.term;
+                let (term, said) = (cx.term, Mutex::new(String::new()));
                 let tell = move |s: &codegen::jit::Summary| {
-                    if !term.quiet() {
-                        term.trace(&s.to_string());
+                    let text = s.to_string();
+                    let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+                    // A command may prepare a model more than once.
+                    if !term.quiet() && *said != text {
+                        term.trace(&text);
+                        *said = text;
                     }
                 };
                 Box::new(Native::new(ops, Arc::new(Worker)).exact(self.exact).tells(tell))

@@ -15,6 +15,7 @@ pub mod pointwise;
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::{Body, Scalar, Val, scalar};
+use std::collections::BTreeSet;
 
 /// The text of one kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +63,14 @@ pub struct Lowered {
     pub temps: Vec<Size>,
     /// Constant bytes: repacked weights.
     pub blobs: Vec<Blob>,
+}
+
+impl Lowered {
+    /// Every named dim that the kernels' sizes depend on.
+    pub fn names(&self) -> BTreeSet<&str> {
+        let steps = self.steps.iter().flat_map(|s| s.dims.iter().chain([&s.units, &s.work]));
+        steps.chain(&self.temps).flat_map(Size::names).collect()
+    }
 }
 
 /// Constant bytes, made when they are asked for.

@@ -310,8 +310,20 @@ graph @main(%x : tensor<s x 8xf32>) {
 }
 ",
     );
-    let e = plan(&m, &Ops::standard(), &targets()[0], &|_| Some(4)).err().unwrap().to_string();
+    let refused =
+        |m: &Module| plan(m, &Ops::standard(), &targets()[0], &|_| Some(4)).err().unwrap().to_string();
+    let e = refused(&m);
     assert!(e.starts_with("no kernel for onnx.CumSum at node"), "{e}");
+    // The input itself comes out.
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<s x 8xf32>) {
+  %y = onnx.Abs(%x)
+  return %y, %x
+}
+",
+    );
+    assert_eq!(refused(&m), "the output \"x\" is an input, a constant, or another output");
 }
 
 #[test]
