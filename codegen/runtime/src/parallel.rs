@@ -1,20 +1,31 @@
 //! How units of work are divided among threads. The result does not depend on it.
 
-use rayon::prelude::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Work, in nanoseconds or so, below which another thread is not woken.
 pub const GRAIN: u64 = 1 << 15;
 
-/// Calls `run(from, to)` for parts of `0..units`, of which each takes `work`.
+/// Calls `run(from, to)` for parts of `0..units`, of which each takes `work`. The caller takes parts too, from the start: to
+/// wake another thread takes as long as many a kernel.
 pub fn divide(units: usize, work: u64, run: impl Fn(usize, usize) + Sync) {
     let grain = GRAIN.div_ceil(work.max(1)).max(1) as usize;
     let threads = rayon::current_num_threads();
     let parts = (units / grain).clamp(1, 4 * threads);
-    match threads == 1 || parts == 1 {
-        true => run(0, units),
-        false => {
-            let at = |i: usize| i * units / parts;
-            (0..parts).into_par_iter().with_max_len(1).for_each(|i| run(at(i), at(i + 1)));
-        }
+    if threads == 1 || parts == 1 {
+        return run(0, units);
     }
+    let next = AtomicUsize::new(0);
+    let take = || {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= parts {
+                break;
+            }
+            run(i * units / parts, (i + 1) * units / parts);
+        }
+    };
+    rayon::in_place_scope(|s| {
+        (1..threads.min(parts)).for_each(|_| s.spawn(|_| take()));
+        take();
+    });
 }
