@@ -49,6 +49,7 @@ step "python packages" python_packages
 step "LLVM and MLIR" llvm
 step "formatting" cargo fmt --all --check
 step "lints" cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
+step "the build without LLVM" cargo check --quiet
 mkdir -p target
 step "the tests of ONNX" "$venv/bin/python" tests/onnx_conformance/generate.py target/onnx_tests
 export QCC_ONNX_TESTS=$PWD/target/onnx_tests

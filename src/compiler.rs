@@ -44,7 +44,7 @@ impl Compiler for Worker {
         let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
         match done.status.code() {
             Some(0) => Ok(done.stdout),
-            Some(1) => Err(CompileError::Missing(said)),
+            Some(1) if !said.is_empty() => Err(CompileError::Missing(said)),
             _ => Err(CompileError::Died { status: done.status.to_string(), message: said }),
         }
     }
