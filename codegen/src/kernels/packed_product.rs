@@ -48,7 +48,10 @@ impl Dot {
         let lanes = codes.ty.lanes;
         let (bytes, pairs) = (vector(4 * lanes, Scalar::I8), vector(2 * lanes, Scalar::I16));
         match self {
-            Dot::Vnni => b.intrinsic("llvm.x86.avx512.vpdpbusd.512", &[acc, codes, x], acc.ty),
+            Dot::Vnni => {
+                let (codes, x) = (b.bitcast(codes, bytes), b.bitcast(x, bytes));
+                b.intrinsic("llvm.x86.avx512.vpdpbusd.512", &[acc, codes, x], acc.ty)
+            }
             Dot::Sdot => {
                 let (codes, x) = (b.bitcast(codes, bytes), b.bitcast(x, bytes));
                 b.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", &[acc, codes, x], acc.ty)
