@@ -347,3 +347,19 @@ graph @main(%x : tensor<b x s x {n}xf32>, %g : tensor<{n}xf32>) {{
         check(&m, &[&[("b", 2), ("s", 3)], &[("b", 1), ("s", 0)], &[("b", 1), ("s", 40)]], 4, 2e-6);
     }
 }
+
+#[test]
+fn every_target_takes_what_is_emitted_for_it() {
+    let m = perceptron(4, true, &mut ChaCha8Rng::seed_from_u64(5));
+    let expected = [("x86-64-v3", "vpmaddubsw"), ("avx512-vnni", "vpdpbusd"), ("aarch64-dotprod", "sdot")];
+    for name in ["x86-64", "x86-64-v3", "x86-64-v4", "avx512-vnni", "aarch64", "aarch64-dotprod"] {
+        let target = codegen::Target::parse(name).unwrap();
+        let plan = plan(&m, &Ops::standard(), &target, &|_| Some(4)).unwrap();
+        let mlir = codegen::kernels::module(&plan.kernels);
+        let request = Request { mlir, target, form: codegen::Form::Asm };
+        let text = String::from_utf8(codegen_mlir::compile(&request).unwrap()).unwrap();
+        for (_, instruction) in expected.iter().filter(|(n, _)| *n == name) {
+            assert!(text.contains(instruction), "{name} without {instruction}");
+        }
+    }
+}
