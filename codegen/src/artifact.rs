@@ -57,7 +57,7 @@ fn port(p: &Port) -> runtime::Port {
 /// The description of a plan.
 fn about(plan: &Plan, target: &Target, id: &[u8; ID], weights_file: Option<String>) -> About {
     About {
-        version: 1,
+        version: runtime::VERSION,
         arch: target.arch,
         features: target.features.clone(),
         dims: plan.dims.clone(),
@@ -68,13 +68,6 @@ fn about(plan: &Plan, target: &Target, id: &[u8; ID], weights_file: Option<Strin
         weights_file,
         id: blake3::Hash::from_bytes(*id).to_hex().to_string(),
     }
-}
-
-/// The driver's module, as text.
-pub fn driver_text(plan: &Plan, target: &Target, weights_file: Option<String>) -> String {
-    let (_, id) = weights(plan);
-    let about = about(plan, target, &id, weights_file);
-    driver::module(plan, target, &id, &serde_json::to_string(&about).expect("plain data"))
 }
 
 /// Compiles a plan into `scratch`, which holds nothing that must stay; `weights_file` names the file of weights that will

@@ -212,6 +212,13 @@ fn outline(m: &mut Module, ops: &[Op], outside: &HashSet<Value>) {
     m.ops[fused].results = results.iter().map(|r| Some(r.0)).collect();
 }
 
+/// The ops that `op` stands for, by name and source node: those in its body if it is a `kernel.fused`, else itself.
+pub fn members(m: &Module, op: Op) -> impl Iterator<Item = (String, String)> + '_ {
+    let body = m.ops[op].attrs.graph("body").filter(|_| m.ops[op].is(FUSED));
+    let ops = body.map_or(vec![op], |b| m.regions[b].ops.clone());
+    ops.into_iter().map(|op| (m.ops[op].name.to_string(), m.ops[op].loc.to_string()))
+}
+
 /// A `kernel.fused`, as those see it who lower it.
 pub struct Fused<'m> {
     /// The module.

@@ -5,7 +5,6 @@ use crate::{Compiler, Size, Target, build, fuse, lower, memory};
 use dialects::exec::{ExecError, Executor, Prepared, Sink};
 use dialects::ir::interp::{Interpreter, Natives};
 use dialects::ir::{Elem, Module, Op, Value, infer};
-use dialects::kernel::FUSED;
 use dialects::ops::{Evaluated, Item, OpError, Ops};
 use dialects::tensor::{Data, Tensor};
 use runtime::{Call, Kernels};
@@ -14,22 +13,6 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 use tempfile::TempDir;
-
-impl fmt::Display for Summary {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (steps, distinct) = self.kernels;
-        write!(f, "machine code: {} ops in {steps} kernels, {distinct} of them distinct", self.compiled)?;
-        let mut by_op: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
-        for (op, node) in &self.interpreted {
-            by_op.entry(op).or_insert((0, node)).0 += 1;
-        }
-        if !by_op.is_empty() {
-            let each = by_op.iter().map(|(op, (n, node))| format!("{n} x {op} (the first at node {node:?})"));
-            write!(f, "; interpreted, for want of a kernel: {}", each.collect::<Vec<_>>().join(", "))?;
-        }
-        Ok(())
-    }
-}
 
 /// Compiles what it can and interprets the rest.
 pub struct Native {
@@ -52,6 +35,22 @@ pub struct Summary {
     pub kernels: (usize, usize),
     /// Ops left to the interpreter, with their source nodes.
     pub interpreted: Vec<(String, String)>,
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (steps, distinct) = self.kernels;
+        write!(f, "machine code: {} ops in {steps} kernels, {distinct} of them distinct", self.compiled)?;
+        let mut by_op: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
+        for (op, node) in &self.interpreted {
+            by_op.entry(op).or_insert((0, node)).0 += 1;
+        }
+        if !by_op.is_empty() {
+            let each = by_op.iter().map(|(op, (n, node))| format!("{n} x {op} (the first at node {node:?})"));
+            write!(f, "; interpreted, for want of a kernel: {}", each.collect::<Vec<_>>().join(", "))?;
+        }
+        Ok(())
+    }
 }
 
 impl Native {
@@ -91,14 +90,11 @@ impl Native {
         for &op in &m.regions[m.top].ops {
             match lower::lower(&m, op, &self.target).filter(|l| closed(&m, op, l)) {
                 Some(l) => {
-                    summary.compiled += m.ops[op].attrs.graph("body").map_or(0, |b| m.regions[b].ops.len());
+                    summary.compiled += fuse::members(&m, op).count();
                     lowered.push((op, l));
                 }
                 None => {
-                    let inner = m.ops[op].attrs.graph("body").filter(|_| m.ops[op].is(FUSED));
-                    let ops = inner.map_or(vec![op], |b| m.regions[b].ops.clone());
-                    let named = ops.iter().map(|&op| &m.ops[op]);
-                    summary.interpreted.extend(named.map(|d| (d.name.to_string(), d.loc.to_string())));
+                    summary.interpreted.extend(fuse::members(&m, op));
                 }
             }
         }

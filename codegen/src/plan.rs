@@ -7,7 +7,6 @@ use crate::fuse::{self, Fused};
 use crate::kernels::{Blob, Buffer, Kernel, Lowered};
 use crate::{Size, Target, lower, memory};
 use dialects::ir::{Elem, Module, Op, Value, infer};
-use dialects::kernel::FUSED;
 use dialects::ops::Ops;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use thiserror::Error;
@@ -244,11 +243,7 @@ fn lower_all(m: &Module, target: &Target) -> Result<Vec<(Op, Option<Lowered>)>, 
         needed.extend(data.operands.iter().flatten());
         match lower::lower(m, op, target) {
             Some(l) => out.push((op, Some(l))),
-            None => {
-                let inner = data.attrs.graph("body").filter(|_| data.is(FUSED));
-                let ops = inner.map_or(vec![op], |b| m.regions[b].ops.clone());
-                left.extend(ops.iter().map(|&op| (m.ops[op].name.to_string(), m.ops[op].loc.to_string())));
-            }
+            None => left.extend(fuse::members(m, op)),
         }
     }
     left.reverse();

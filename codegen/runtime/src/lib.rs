@@ -16,7 +16,7 @@ mod model;
 mod parallel;
 mod tensor;
 
-pub use about::{About, Dim, Elem, Port};
+pub use about::{About, Dim, Elem, Port, VERSION};
 pub use kernels::{Call, KernelError, Kernels};
 pub use model::{Model, ModelError};
 pub use tensor::Tensor;
