@@ -1,7 +1,7 @@
 //! From `kernel.fused` to kernels: the table of what a kernel can be made around.
 
 use crate::fuse::Fused;
-use crate::kernels::{Lowered, elementwise, matmul_nbits, norm};
+use crate::kernels::{Lowered, copy, elementwise, matmul_nbits, norm, sizes};
 use crate::target::Target;
 use dialects::ir::{Module, Op};
 
@@ -12,6 +12,8 @@ pub struct Anchor {
     supports: fn(&Module, Op) -> bool,
     /// Whether an operand that steps along these dims of the result can be read as results are finished.
     takes: fn(&[bool]) -> bool,
+    /// How many of its operands, from the first on, it reads by layout: they may be views.
+    views: usize,
     /// The kernels.
     lower: fn(&Fused, &Target) -> Option<Lowered>,
 }
@@ -20,6 +22,11 @@ impl Anchor {
     /// Whether the kernel can take an elementwise op one of whose operands steps along these dims of the result.
     pub fn takes(&self, steps: &[bool]) -> bool {
         (self.takes)(steps)
+    }
+
+    /// Whether operand `i` may be a view.
+    pub fn sees(&self, i: usize) -> bool {
+        i < self.views
     }
 }
 
@@ -34,20 +41,33 @@ fn nothing(_: &[bool]) -> bool {
     false
 }
 
-const NORM: Anchor = Anchor { supports: norm::supports, takes: nothing, lower: norm::lower };
+const NORM: Anchor = Anchor { supports: norm::supports, takes: nothing, views: 0, lower: norm::lower };
+const COPY: Anchor = Anchor { supports: copy::supports, takes: nothing, views: 1, lower: copy::lower };
+const CONCAT: Anchor = Anchor { views: usize::MAX, ..COPY };
+
+/// What inference knows is never computed from operands.
+const SIZES: Anchor = Anchor { supports: sizes::supports, takes: nothing, views: 0, lower: sizes::lower };
 
 const ANCHORS: &[(&str, Anchor)] = &[
     (
         "com.microsoft.MatMulNBits",
-        Anchor { supports: matmul_nbits::supports, takes: rows, lower: matmul_nbits::lower },
+        Anchor { supports: matmul_nbits::supports, takes: rows, views: 0, lower: matmul_nbits::lower },
     ),
+    ("onnx.Concat", CONCAT),
+    ("onnx.Expand", COPY),
     ("onnx.LayerNormalization", NORM),
     ("onnx.RMSNormalization", NORM),
     ("onnx.SimplifiedLayerNormalization", NORM),
+    ("onnx.Slice", COPY),
+    ("onnx.Split", COPY),
+    ("onnx.Transpose", COPY),
 ];
 
 /// How a kernel is made around `op`, if one can be.
 pub fn anchor(m: &Module, op: Op) -> Option<Anchor> {
+    if sizes::supports(m, op) {
+        return Some(SIZES);
+    }
     let name = m.ops[op].name.as_str();
     let (_, anchor) = ANCHORS.iter().find(|a| a.0 == name)?;
     (anchor.supports)(m, op).then_some(*anchor)

@@ -4,6 +4,7 @@
 //! the units of work it is to do. Units are independent of each other and each is computed in one order, so results do not
 //! depend on how they are divided among threads.
 
+pub mod copy;
 pub mod elementwise;
 pub mod math;
 pub mod matmul_nbits;
@@ -11,6 +12,7 @@ pub mod norm;
 pub mod packed;
 pub mod packed_product;
 pub mod pointwise;
+pub mod sizes;
 
 use crate::size::Size;
 use crate::target::Target;

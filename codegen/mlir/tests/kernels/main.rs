@@ -3,4 +3,5 @@
 
 mod harness;
 mod models;
+mod movement;
 mod packed;
