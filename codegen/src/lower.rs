@@ -1,7 +1,7 @@
 //! From `kernel.fused` to kernels: the table of what a kernel can be made around.
 
 use crate::fuse::Fused;
-use crate::kernels::{Lowered, elementwise, matmul_nbits, norm};
+use crate::kernels::{Lowered, elementwise, gather, gather_packed, matmul_nbits, norm, range};
 use crate::target::Target;
 use dialects::ir::{Module, Op};
 
@@ -36,21 +36,30 @@ fn nothing(_: &[bool]) -> bool {
 
 const NORM: Anchor = Anchor { supports: norm::supports, takes: nothing, lower: norm::lower };
 
+const GATHER: Anchor = Anchor { supports: gather::supports, takes: nothing, lower: gather::lower };
+
 const ANCHORS: &[(&str, Anchor)] = &[
+    (
+        "com.microsoft.GatherBlockQuantized",
+        Anchor { supports: gather_packed::supports, takes: nothing, lower: gather_packed::lower },
+    ),
     (
         "com.microsoft.MatMulNBits",
         Anchor { supports: matmul_nbits::supports, takes: rows, lower: matmul_nbits::lower },
     ),
+    ("onnx.Gather", GATHER),
+    ("onnx.GatherElements", GATHER),
+    ("onnx.GatherND", GATHER),
     ("onnx.LayerNormalization", NORM),
     ("onnx.RMSNormalization", NORM),
+    ("onnx.Range", Anchor { supports: range::supports, takes: nothing, lower: range::lower }),
     ("onnx.SimplifiedLayerNormalization", NORM),
 ];
 
 /// How a kernel is made around `op`, if one can be.
 pub fn anchor(m: &Module, op: Op) -> Option<Anchor> {
     let name = m.ops[op].name.as_str();
-    let (_, anchor) = ANCHORS.iter().find(|a| a.0 == name)?;
-    (anchor.supports)(m, op).then_some(*anchor)
+    ANCHORS.iter().find(|a| a.0 == name && (a.1.supports)(m, op)).map(|a| a.1)
 }
 
 /// The kernels of a `kernel.fused`.

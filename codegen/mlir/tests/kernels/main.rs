@@ -1,6 +1,8 @@
 //! Every kernel, compiled and run on random shapes, against the interpreter or arithmetic in float64.
 #![allow(unsafe_code)]
 
+mod gather;
 mod harness;
 mod models;
 mod packed;
+mod pointwise;
