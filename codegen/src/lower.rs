@@ -1,7 +1,9 @@
 //! From `kernel.fused` to kernels: the table of what a kernel can be made around.
 
 use crate::fuse::Fused;
-use crate::kernels::{Lowered, elementwise, gather, gather_packed, matmul_nbits, norm, range};
+use crate::kernels::{
+    Lowered, batched, dense, elementwise, gather, gather_packed, matmul_nbits, norm, range,
+};
 use crate::target::Target;
 use dialects::ir::{Module, Op};
 
@@ -35,6 +37,7 @@ fn nothing(_: &[bool]) -> bool {
 }
 
 const NORM: Anchor = Anchor { supports: norm::supports, takes: nothing, lower: norm::lower };
+const DENSE: Anchor = Anchor { supports: dense::supports, takes: rows, lower: dense::lower };
 
 const GATHER: Anchor = Anchor { supports: gather::supports, takes: nothing, lower: gather::lower };
 
@@ -47,6 +50,9 @@ const ANCHORS: &[(&str, Anchor)] = &[
         "com.microsoft.MatMulNBits",
         Anchor { supports: matmul_nbits::supports, takes: rows, lower: matmul_nbits::lower },
     ),
+    ("onnx.Gemm", DENSE),
+    ("onnx.MatMul", DENSE),
+    ("onnx.MatMul", Anchor { supports: batched::supports, takes: nothing, lower: batched::lower }),
     ("onnx.Gather", GATHER),
     ("onnx.GatherElements", GATHER),
     ("onnx.GatherND", GATHER),

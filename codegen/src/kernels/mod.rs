@@ -4,7 +4,10 @@
 //! the units of work it is to do. Units are independent of each other and each is computed in one order, so results do not
 //! depend on how they are divided among threads.
 
+pub mod batched;
+pub mod dense;
 pub mod elementwise;
+pub mod epilogue;
 pub mod gather;
 pub mod gather_packed;
 pub mod math;
