@@ -5,8 +5,9 @@
 //!                 qcc_parallel parallel, void *context);
 //! ```
 //!
-//! It returns 0; or 1 + i where dim i is negative or beyond its bound; or -1 where the weights are those of another build.
-//! Nothing is written then. `parallel` may be null: all units of a kernel are then done by the caller's thread.
+//! It returns 0; or 1 + i where dim i is negative or beyond its bound; or -1 where the weights are those of another build:
+//! nothing is written then. Or -2 where an index in the inputs is out of range, -3 where a length in them is not the one that
+//! the model declares ([`runtime::Fault`]): nothing outside of any buffer was touched, but the outputs are worthless. `parallel` may be null: all units of a kernel are then done by the caller's thread.
 
 use crate::plan::{Place, Plan};
 use crate::size::{Atom, Size};
@@ -64,7 +65,9 @@ fn run(b: &mut Body, plan: &Plan, id: &[u8; ID], p: &[Val]) -> Val {
     }
     let buffers = plan.steps.iter().map(|s| s.buffers.len()).max().unwrap_or(1).max(1);
     let most = plan.steps.iter().map(|s| s.dims.len()).max().unwrap_or(1).max(1);
-    let (table, numbers) = (b.room(buffers), b.room(most));
+    let (table, numbers, fault) = (b.room(buffers), b.room(most), b.room(1));
+    let none = b.int(Scalar::I32, 0);
+    b.store_shared(none, fault);
     let fine = b.int(Scalar::I32, 0);
     let fine = b.cmp(Cmp::Eq, code, fine);
     let null = b.op(scalar(Scalar::Ptr), "llvm.mlir.zero : !llvm.ptr");
@@ -83,6 +86,7 @@ fn run(b: &mut Body, plan: &Plan, id: &[u8; ID], p: &[Val]) -> Val {
                     }
                     Place::Arena(n) => b.at_const(arena, n as usize),
                     Place::Weights(n) => b.at_const(weights, n as usize),
+                    Place::Fault => fault,
                 };
                 let at = b.at_const(table, 8 * i);
                 b.store(ptr, at);
@@ -108,7 +112,11 @@ fn run(b: &mut Body, plan: &Plan, id: &[u8; ID], p: &[Val]) -> Val {
             });
         }
     });
-    code
+    let found = b.load(fault, scalar(Scalar::I32));
+    let minus = b.int(Scalar::I32, -1);
+    let faulty = b.sub(minus, found);
+    let some = b.cmp(Cmp::Ne, found, none);
+    b.select(some, faulty, code)
 }
 
 /// The value of a size.

@@ -340,20 +340,7 @@ impl<'m> Fused<'m> {
 
     /// A constant of one element, which kernels hold in their code.
     pub fn number(&self, v: Value) -> Option<f64> {
-        let data = &self.module.consts[self.module.const_of(v)?];
-        if data.count() != 1 {
-            return None;
-        }
-        let t = Tensor::from_const(data).ok()?;
-        match t.i64s() {
-            Ok(n) => Some(n[0] as f64).filter(|&x| x as i64 == n[0]),
-            Err(_) => t.to_f32().ok().map(|x| f64::from(x[0])).or_else(|| {
-                t.bools()
-                    .ok()
-                    .map(|b| f64::from(u8::from(b[0])))
-                    .or_else(|| t.to_i64().ok().map(|n| n[0] as f64))
-            }),
-        }
+        pointwise::number(self.module, v)
     }
 
     /// What the elementwise ops read from memory: the inputs of the body, and constants of more than one element.

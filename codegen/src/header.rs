@@ -55,7 +55,9 @@ pub fn header(about: &About) -> String {
  *   It must return when all are done. `work` is roughly what a unit takes, in nanoseconds. `context` is passed through.
  *
  * Returns 0; or 1 + i where dims[i] is out of its bounds, or -1 where the weights are those of another build: then nothing
- * was written. The result does not depend on how units are divided.
+ * was written. Or -2 where an index in the inputs is out of range, -3 where a length in them is not the one that the model
+ * declares: no memory outside of the buffers was touched, but the outputs are worthless. The result does not depend on how
+ * units are divided.
  */
 #ifndef QCC_MODEL_H
 #define QCC_MODEL_H

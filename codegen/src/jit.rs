@@ -7,11 +7,12 @@ use dialects::ir::interp::{Calls, Interpreter, Natives};
 use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::{Evaluated, Item, OpError, Ops};
 use dialects::tensor::{Data, Tensor};
-use runtime::{Call, Kernels};
+use runtime::{Call, Fault, Kernels};
 use self_cell::self_cell;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use tempfile::TempDir;
 
 /// Compiles what it can and interprets the rest.
@@ -243,6 +244,7 @@ impl NativeOp {
                 Ok((data, shape))
             })
             .collect::<Result<_, OpError>>()?;
+        let fault = AtomicI32::new(0);
         for step in &self.steps {
             let mut buffers = Vec::with_capacity(step.buffers.len());
             for b in &step.buffers {
@@ -257,6 +259,7 @@ impl NativeOp {
                     Buffer::Blob(i) => self.blobs[*i].bytes.as_ptr().cast_mut(),
                     Buffer::Temp(i) => temps[*i].as_mut_ptr(),
                     Buffer::Result(i) => memory::start(&mut results[*i].0),
+                    Buffer::Fault => fault.as_ptr().cast(),
                 });
             }
             let sizes: Vec<i64> = step.dims.iter().map(|s| size(s) as i64).collect();
@@ -265,6 +268,9 @@ impl NativeOp {
             if units > 0 {
                 let call = Call { kernel: step.kernel, buffers: &buffers, dims: &sizes, units, work };
                 run(kernels, &call);
+            }
+            if let Some(fault) = Fault::of(fault.load(Ordering::Relaxed)) {
+                return Err(OpError::invalid(fault.to_string()));
             }
         }
         results.into_iter().map(|(data, shape)| Ok(Tensor::new(&shape, data)?.into())).collect()

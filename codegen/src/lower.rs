@@ -1,7 +1,9 @@
 //! From `kernel.fused` to kernels: the table of what a kernel can be made around.
 
 use crate::fuse::Fused;
-use crate::kernels::{Lowered, copy, elementwise, matmul_nbits, norm, sizes};
+use crate::kernels::{
+    Lowered, batched, copy, dense, elementwise, gather, gather_packed, matmul_nbits, norm, range, sizes,
+};
 use crate::target::Target;
 use dialects::ir::{Module, Op};
 
@@ -41,22 +43,53 @@ fn nothing(_: &[bool]) -> bool {
     false
 }
 
-const NORM: Anchor = Anchor { supports: norm::supports, takes: nothing, views: 0, lower: norm::lower };
-const COPY: Anchor = Anchor { supports: copy::supports, takes: nothing, views: 1, lower: copy::lower };
-const CONCAT: Anchor = Anchor { views: usize::MAX, ..COPY };
+impl Anchor {
+    /// One that takes nothing else, and reads its operands as they are.
+    const fn alone(
+        supports: fn(&Module, Op) -> bool,
+        lower: fn(&Fused, &Target) -> Option<Lowered>,
+    ) -> Anchor {
+        Anchor { supports, takes: nothing, views: 0, lower }
+    }
+
+    /// The same, which can take what comes after it.
+    const fn rows(self) -> Anchor {
+        Anchor { takes: rows, ..self }
+    }
+
+    /// The same, of which the first so many operands may be views.
+    const fn views(self, views: usize) -> Anchor {
+        Anchor { views, ..self }
+    }
+}
+
+const BATCHED: Anchor = Anchor::alone(batched::supports, batched::lower);
+const COPY: Anchor = Anchor::alone(copy::supports, copy::lower).views(1);
+const DENSE: Anchor = Anchor::alone(dense::supports, dense::lower).rows();
+const GATHER: Anchor = Anchor::alone(gather::supports, gather::lower);
+const GATHER_PACKED: Anchor = Anchor::alone(gather_packed::supports, gather_packed::lower);
+const MATMUL_NBITS: Anchor = Anchor::alone(matmul_nbits::supports, matmul_nbits::lower).rows();
+const NORM: Anchor = Anchor::alone(norm::supports, norm::lower);
+const RANGE: Anchor = Anchor::alone(range::supports, range::lower);
 
 /// What inference knows is never computed from operands.
-const SIZES: Anchor = Anchor { supports: sizes::supports, takes: nothing, views: 0, lower: sizes::lower };
+const SIZES: Anchor = Anchor::alone(sizes::supports, sizes::lower);
 
+/// Of several for an op, the first that does its form.
 const ANCHORS: &[(&str, Anchor)] = &[
-    (
-        "com.microsoft.MatMulNBits",
-        Anchor { supports: matmul_nbits::supports, takes: rows, views: 0, lower: matmul_nbits::lower },
-    ),
-    ("onnx.Concat", CONCAT),
+    ("com.microsoft.GatherBlockQuantized", GATHER_PACKED),
+    ("com.microsoft.MatMulNBits", MATMUL_NBITS),
+    ("onnx.Concat", COPY.views(usize::MAX)),
     ("onnx.Expand", COPY),
+    ("onnx.Gather", GATHER),
+    ("onnx.GatherElements", GATHER),
+    ("onnx.GatherND", GATHER),
+    ("onnx.Gemm", DENSE),
     ("onnx.LayerNormalization", NORM),
+    ("onnx.MatMul", DENSE),
+    ("onnx.MatMul", BATCHED),
     ("onnx.RMSNormalization", NORM),
+    ("onnx.Range", RANGE),
     ("onnx.SimplifiedLayerNormalization", NORM),
     ("onnx.Slice", COPY),
     ("onnx.Split", COPY),
@@ -69,8 +102,7 @@ pub fn anchor(m: &Module, op: Op) -> Option<Anchor> {
         return Some(SIZES);
     }
     let name = m.ops[op].name.as_str();
-    let (_, anchor) = ANCHORS.iter().find(|a| a.0 == name)?;
-    (anchor.supports)(m, op).then_some(*anchor)
+    ANCHORS.iter().find(|a| a.0 == name && (a.1.supports)(m, op)).map(|a| a.1)
 }
 
 /// The kernels of a `kernel.fused`.

@@ -74,6 +74,8 @@ pub enum Place {
     Arena(u64),
     /// So far into the weights.
     Weights(u64),
+    /// The word for faults.
+    Fault,
 }
 
 /// A kernel called on all its units.
@@ -324,6 +326,7 @@ fn place(
                 Buffer::Result(i) => places[&data.results[*i].expect("a kernel's results are all there")],
                 Buffer::Blob(i) => Place::Weights(own[*i]),
                 Buffer::Temp(i) => Place::Arena(temps[*i]),
+                Buffer::Fault => Place::Fault,
             });
             out.steps.push(PlannedStep {
                 kernel: s.kernel.name.clone(),

@@ -215,6 +215,14 @@ impl<'t> Body<'t> {
         }
     }
 
+    /// A constant integer, the same in every lane.
+    pub fn integers(&mut self, ty: Ty, n: i64) -> Val {
+        match ty.lanes {
+            0 => self.op(ty, format_args!("arith.constant {n} : {ty}")),
+            _ => self.op(ty, format_args!("arith.constant dense<{n}> : {ty}")),
+        }
+    }
+
     /// A constant bool, the same in every lane.
     pub fn flag(&mut self, ty: Ty, value: bool) -> Val {
         match ty.lanes {
@@ -506,6 +514,15 @@ impl<'t> Body<'t> {
     pub fn store(&mut self, v: Val, ptr: Val) {
         let align = v.ty.elem.bytes();
         self.line(format_args!("llvm.store {v}, {ptr} {{alignment = {align} : i64}} : {}, !llvm.ptr", v.ty));
+    }
+
+    /// Writes a scalar that other threads may write too.
+    pub fn store_shared(&mut self, v: Val, ptr: Val) {
+        let align = v.ty.bytes();
+        self.line(format_args!(
+            "llvm.store {v}, {ptr} atomic monotonic {{alignment = {align} : i64}} : {}, !llvm.ptr",
+            v.ty
+        ));
     }
 
     /// A scalar read from bytes of any alignment.

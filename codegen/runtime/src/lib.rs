@@ -11,12 +11,14 @@
 
 mod about;
 pub mod cpu;
+mod fault;
 mod kernels;
 mod model;
 mod parallel;
 mod tensor;
 
 pub use about::{About, Dim, Elem, Port, VERSION};
+pub use fault::Fault;
 pub use kernels::{Call, KernelError, Kernels};
 pub use model::{Model, ModelError};
 pub use tensor::Tensor;

@@ -6,6 +6,7 @@
 
 use crate::about::{About, Dim, Elem, Port, VERSION};
 use crate::cpu;
+use crate::fault::Fault;
 use crate::kernels::Shared;
 use crate::parallel::divide;
 use crate::tensor::Tensor;
@@ -86,6 +87,9 @@ pub enum ModelError {
         /// The output.
         name: String,
     },
+    /// An input holds what the model cannot use; the outputs are worthless.
+    #[error("the inputs: {0}")]
+    Fault(Fault),
     /// The library refused its arguments: it is not what its description says.
     #[error("the library returned {0}")]
     Refused(i32),
@@ -211,7 +215,11 @@ impl Model {
                 std::ptr::null_mut(),
             )
         };
-        if code == 0 { Ok(outputs) } else { Err(ModelError::Refused(code)) }
+        match Fault::of((-1i32).saturating_sub(code)) {
+            _ if code == 0 => Ok(outputs),
+            Some(fault) => Err(ModelError::Fault(fault)),
+            None => Err(ModelError::Refused(code)),
+        }
     }
 
     /// The named dims, as the inputs have them.

@@ -218,7 +218,9 @@ pub fn chain(b: &mut Body, fused: &Fused, values: &mut HashMap<Value, Val>, lane
                 }
             })
             .collect();
-        let out = pointwise::emit(b, data, &x, fused.register(result)).expect("checked when it was fused");
+        let numbers: Vec<Option<f64>> = data.operands.iter().flatten().map(|&v| fused.number(v)).collect();
+        let out = pointwise::emit(b, data, &x, &numbers, fused.register(result))
+            .expect("checked when it was fused");
         values.insert(result, out);
     }
 }

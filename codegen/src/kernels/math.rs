@@ -1,7 +1,8 @@
-//! Elementary functions of f32, in the formulas of the interpreter (`dialects::kernels`): within a few units in the last
+//! Elementary functions of f32, most in the formulas of the interpreter (`dialects::kernels`): within a few units in the last
 //! place, with the functions' limits for infinities and NaN.
 
 use crate::text::{Body, Cmp, Scalar, Val};
+use std::f64::consts::FRAC_2_PI;
 
 fn polynomial(b: &mut Body, x: Val, coefficients: &[f64]) -> Val {
     let (first, rest) = coefficients.split_first().expect("a coefficient");
@@ -121,4 +122,195 @@ pub fn erf(b: &mut Body, x: Val) -> Val {
     let large = copysign(b, large, x);
     let near = b.cmp(Cmp::Lt, size, one);
     b.select(near, small, large)
+}
+
+/// Rounded to an integer, halves to even. Arithmetic alone: not every target has an instruction.
+pub fn round(b: &mut Body, x: Val) -> Val {
+    let size = b.unary("math.absf", x);
+    // From 2^23 on all numbers are integers.
+    let magic = b.splat(x.ty, 8_388_608.0);
+    let r = b.add(size, magic);
+    let r = b.sub(r, magic);
+    let r = copysign(b, r, x);
+    let whole = b.cmp(Cmp::Ge, size, magic);
+    b.select(whole, x, r)
+}
+
+/// The largest integer that is not above x.
+pub fn floor(b: &mut Body, x: Val) -> Val {
+    let r = round(b, x);
+    let one = b.splat(x.ty, 1.0);
+    let less = b.sub(r, one);
+    let above = b.cmp(Cmp::Gt, r, x);
+    b.select(above, less, r)
+}
+
+/// The smallest integer that is not below x.
+pub fn ceil(b: &mut Body, x: Val) -> Val {
+    let r = round(b, x);
+    let one = b.splat(x.ty, 1.0);
+    let more = b.add(r, one);
+    let below = b.cmp(Cmp::Lt, r, x);
+    let r = b.select(below, more, r);
+    copysign(b, r, x)
+}
+
+/// ln x: x = 2^k (1 + f) with f around 0, and ln (1 + f) by the series of (2 + f) / (2 - f) as in fdlibm, to 1 unit in the
+/// last place.
+pub fn log(b: &mut Body, x: Val) -> Val {
+    let ints = x.ty.of(Scalar::I32);
+    let (tiny, zero) = (b.splat(x.ty, f64::from(f32::MIN_POSITIVE)), b.splat(x.ty, 0.0));
+    let denormal = b.cmp(Cmp::Lt, x, tiny);
+    let up = b.splat(x.ty, 8_388_608.0);
+    let scaled = b.mul(x, up);
+    let y = b.select(denormal, scaled, x);
+    // The bits of 1 and of sqrt(1/2): what is left of the exponent is that of the nearest power.
+    let (one_bits, root_bits) = (0x3f80_0000, 0x3f35_04f3);
+    let bits = b.bitcast(y, ints);
+    let offset = b.splat(ints, f64::from(one_bits - root_bits));
+    let bits = b.add(bits, offset);
+    let k = b.shr_signed(bits, 23);
+    let (bias, more) = (b.splat(ints, -127.0), b.splat(ints, -127.0 - 23.0));
+    let bias = b.select(denormal, more, bias);
+    let k = b.add(k, bias);
+    let k = b.cast(k, Scalar::F32);
+    let mask = b.splat(ints, f64::from(0x007f_ffff));
+    let root = b.splat(ints, f64::from(root_bits));
+    let bits = b.and(bits, mask);
+    let bits = b.add(bits, root);
+    let (one, two, half) = (b.splat(x.ty, 1.0), b.splat(x.ty, 2.0), b.splat(x.ty, 0.5));
+    let m = b.bitcast(bits, x.ty);
+    let f = b.sub(m, one);
+    let below = b.add(two, f);
+    let s = b.div(f, below);
+    let z = b.mul(s, s);
+    let p = polynomial(b, z, &[0.242_790_79, 0.284_987_87, 0.400_009_72, 0.666_666_6]);
+    let series = b.mul(p, z);
+    let square = b.mul(f, f);
+    let square = b.mul(square, half);
+    // ln 2 in two parts, the first with few enough bits that k times it is exact.
+    let (high, low) = (b.splat(x.ty, 0.693_138_1), b.splat(x.ty, 9.058_001e-6));
+    let tail = b.add(square, series);
+    let tail = b.mul(s, tail);
+    let tail = b.fma(k, low, tail);
+    let tail = b.sub(tail, square);
+    let y = b.add(tail, f);
+    let y = b.fma(k, high, y);
+    let (infinity, nan) = (b.splat(x.ty, f64::INFINITY), b.splat(x.ty, f64::NAN));
+    let minus = b.splat(x.ty, f64::NEG_INFINITY);
+    let none = b.cmp(Cmp::Eq, x, zero);
+    let y = b.select(none, minus, y);
+    let negative = b.cmp(Cmp::Lt, x, zero);
+    let y = b.select(negative, nan, y);
+    let endless = b.cmp(Cmp::Eq, x, infinity);
+    let y = b.select(endless, x, y);
+    let number = b.cmp(Cmp::Eq, x, x);
+    b.select(number, y, x)
+}
+
+/// ln (1 + e) of e in [0, 1]: what rounding 1 + e loses is made up for by a factor.
+pub fn log_1p(b: &mut Body, e: Val) -> Val {
+    let (one, zero) = (b.splat(e.ty, 1.0), b.splat(e.ty, 0.0));
+    let u = b.add(one, e);
+    let rounded = b.sub(u, one);
+    let l = log(b, u);
+    let factor = b.div(e, rounded);
+    let y = b.mul(l, factor);
+    let small = b.cmp(Cmp::Eq, rounded, zero);
+    b.select(small, e, y)
+}
+
+/// e^x - 1: Taylor's series around 0, where the difference would lose what there is.
+pub fn exp_m1(b: &mut Body, x: Val) -> Val {
+    let terms: Vec<f64> = (2..=8).rev().map(|n| 1.0 / factorial(n)).collect();
+    let p = polynomial(b, x, &terms);
+    let square = b.mul(x, x);
+    let near = b.fma(p, square, x);
+    let one = b.splat(x.ty, 1.0);
+    let e = exp(b, x);
+    let far = b.sub(e, one);
+    let size = b.unary("math.absf", x);
+    let limit = b.splat(x.ty, 0.35);
+    let small = b.cmp(Cmp::Lt, size, limit);
+    b.select(small, near, far)
+}
+
+fn factorial(n: u32) -> f64 {
+    (1..=n).map(f64::from).product()
+}
+
+/// sin x.
+pub fn sin(b: &mut Body, x: Val) -> Val {
+    quarters(b, x, 0)
+}
+
+/// cos x.
+pub fn cos(b: &mut Body, x: Val) -> Val {
+    quarters(b, x, 1)
+}
+
+/// sin (x + n pi / 2), in double precision: the nearest multiple of pi / 2 is taken away in two parts, the first of so few bits
+/// that its product is exact, and Taylor's series take the rest, at most pi / 4. Right to the last place but for the rarest
+/// roundings for |x| up to 2^28; beyond, where floats are further apart than periods, some number of [-1, 1].
+fn quarters(b: &mut Body, x: Val, n: i64) -> Val {
+    let wide = b.cast(x, Scalar::F64);
+    let ty = wide.ty;
+    let (inverse, round) = (b.splat(ty, FRAC_2_PI), b.splat(ty, 6_755_399_441_055_744.0));
+    // Adding 1.5 * 2^52 rounds to an integer, which then stands in the low bits.
+    let shifted = b.mul(wide, inverse);
+    let shifted = b.add(shifted, round);
+    let turns = b.sub(shifted, round);
+    let (high, low) = (b.splat(ty, 1.570_796_310_901_641_8), b.splat(ty, 1.589_325_477_352_819_6e-8));
+    let step = b.mul(turns, high);
+    let r = b.sub(wide, step);
+    let step = b.mul(turns, low);
+    let r = b.sub(r, step);
+    // Only for arguments beyond all reason; NaN stays.
+    let (top, bottom) = (b.splat(ty, 0.8), b.splat(ty, -0.8));
+    let r = b.min_finite(top, r);
+    let r = b.max_finite(bottom, r);
+    let z = b.mul(r, r);
+    let series = |b: &mut Body, first: u32| {
+        let terms = (1..=6).rev().map(|i| (if i % 2 == 1 { -1.0 } else { 1.0 }) / factorial(2 * i + first));
+        polynomial(b, z, &terms.collect::<Vec<_>>())
+    };
+    let sin = series(b, 1);
+    let cube = b.mul(z, r);
+    let sin = b.fma(cube, sin, r);
+    let cos = series(b, 0);
+    let one = b.splat(ty, 1.0);
+    let cos = b.fma(z, cos, one);
+    let bits = b.bitcast(shifted, ty.of(Scalar::I64));
+    let more = b.splat(bits.ty, n as f64);
+    let quarter = b.add(bits, more);
+    let bit = |b: &mut Body, of: f64| {
+        let of = b.splat(bits.ty, of);
+        let found = b.and(quarter, of);
+        b.cmp(Cmp::Eq, found, of)
+    };
+    let (odd, behind) = (bit(b, 1.0), bit(b, 2.0));
+    let y = b.select(odd, cos, sin);
+    let minus = b.unary("arith.negf", y);
+    let y = b.select(behind, minus, y);
+    b.cast(y, Scalar::F32)
+}
+
+/// A float as a signed integer, towards zero: the nearest there is where it is out of range, and 0 for NaN.
+pub fn to_integer(b: &mut Body, x: Val, to: Scalar) -> Val {
+    let bits = 8 * to.bytes() as i32;
+    let (low, high) = (-(2f64.powi(bits - 1)), 2f64.powi(bits - 1));
+    let (low, high, zero) = (b.splat(x.ty, low), b.splat(x.ty, high), b.splat(x.ty, 0.0));
+    let (below, above) = (b.cmp(Cmp::Lt, x, low), b.cmp(Cmp::Ge, x, high));
+    let (from, until) = (b.cmp(Cmp::Ge, x, low), b.cmp(Cmp::Lt, x, high));
+    let inside = b.and(from, until);
+    // Outside of the type the conversion has no meaning.
+    let some = b.select(inside, x, zero);
+    let n = b.cast(some, to);
+    let (least, most) = match to {
+        Scalar::I32 => (i64::from(i32::MIN), i64::from(i32::MAX)),
+        _ => (i64::MIN, i64::MAX),
+    };
+    let (least, most) = (b.integers(n.ty, least), b.integers(n.ty, most));
+    let n = b.select(below, least, n);
+    b.select(above, most, n)
 }

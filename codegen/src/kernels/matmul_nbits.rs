@@ -1,17 +1,16 @@
 //! `com.microsoft.MatMulNBits` as a packed product, and the elementwise ops after it on its sums while they are in
 //! registers.
 
+use super::epilogue::{Epilogue, Spot};
 use super::packed::{Form, Parts, prepare};
 use super::packed_product::product;
-use super::{Args, Blob, Buffer, Lowered, Step, elementwise, pointwise};
+use super::{Blob, Buffer, Lowered, Step};
 use crate::fuse::Fused;
 use crate::size::Size;
 use crate::target::Target;
-use crate::text::{Body, Scalar, Val, vector};
 use dialects::ir::{Module, Op, Value};
 use dialects::kernels::packed::code;
 use dialects::tensor::Tensor;
-use std::collections::HashMap;
 
 /// f32 activations, constant weights, integer zero points, groups in order.
 pub fn supports(m: &Module, op: Op) -> bool {
@@ -82,107 +81,30 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
         work: form.k.into(),
     });
 
-    let epilogue = Epilogue::new(fused, &domain, form.n)?;
+    let bias = m.ops[op].operand(5);
+    let epilogue = Epilogue::new(fused, &domain, form.n, bias)?;
+    let results = fused.results().len();
     let mut buffers = vec![Buffer::Temp(0), Buffer::Blob(0)];
-    buffers.extend((0..fused.results().len()).map(Buffer::Result));
+    buffers.extend((0..results).map(Buffer::Result));
     for &v in &epilogue.operands {
         buffers.push(fused.buffer(v, &mut lowered.blobs)?);
     }
-    let bias = match m.ops[op].operand(5) {
-        Some(v) => {
-            buffers.push(fused.buffer(v, &mut lowered.blobs)?);
-            true
-        }
-        None => false,
-    };
-    let results = fused.results();
-    let kernel = product(target, &form, results.len(), &|b, a, row, first, there, sums| {
+    let kernel = product(target, &form, results, &|b, a, row, first, there, sums| {
         let lanes = sums[0].ty.lanes;
-        let mut outs = vec![Vec::new(); results.len()];
+        let mut outs = vec![Vec::new(); results];
         for (p, sum) in sums.into_iter().enumerate() {
             let part = b.size(p * lanes);
             let n = b.add(first, part);
-            let there = there.saturating_sub(p * lanes).min(lanes);
-            let sum = match bias {
-                true => {
-                    let bias = a.buffer(b, 2 + results.len() + epilogue.operands.len());
-                    let at = b.element(bias, n, Scalar::F32);
-                    let bias = b.load_some(at, sum.ty, there);
-                    b.add(sum, bias)
-                }
-                false => sum,
-            };
-            let values = epilogue.emit(b, a, 2 + results.len(), row, n, sum, there);
-            outs.iter_mut().zip(results).for_each(|(o, v)| o.push(values[v]));
+            let spot = Spot { row, n, there: there.saturating_sub(p * lanes).min(lanes) };
+            let values = epilogue.emit(b, a, 2 + results, spot, lanes, |b, values| match bias {
+                Some(bias) => b.add(sum, values[&bias]),
+                None => sum,
+            });
+            outs.iter_mut().zip(values).for_each(|(o, v)| o.push(v));
         }
         outs
     });
     let work = rows.clone() * form.k.into();
     lowered.steps.push(Step { kernel, buffers, dims: vec![rows], units: form.blocks().into(), work });
     Some(lowered)
-}
-
-/// The elementwise ops after a product.
-pub struct Epilogue<'f, 'm> {
-    fused: &'f Fused<'m>,
-    /// What they read from memory.
-    pub operands: Vec<Value>,
-    /// For each operand, whether it steps from row to row, and along the row.
-    steps: Vec<(bool, bool)>,
-    n: usize,
-}
-
-impl<'f, 'm> Epilogue<'f, 'm> {
-    /// Of a kernel over `domain`, whose last dim is `n`. `None` for results whose elements the kernel does not write.
-    pub fn new(fused: &'f Fused<'m>, domain: &[Size], n: usize) -> Option<Epilogue<'f, 'm>> {
-        let operands = fused.operands();
-        let steps = operands.iter().map(|&v| {
-            let steps = elementwise::steps(&fused.shape(v)?, domain)?;
-            let (last, lead) = steps.split_last()?;
-            // Dims of one element do not step, and do not count.
-            let lead = lead.iter().zip(domain).filter(|(_, d)| **d != Size::Known(1)).any(|(s, _)| *s);
-            Some((lead, *last))
-        });
-        let steps = steps.collect::<Option<_>>()?;
-        Some(Epilogue { fused, operands, steps, n })
-    }
-
-    /// All values of the body for lanes `n..` of `row`, of which `there` are there; `sum` is what the anchor computed.
-    /// Operands are buffers from `first` on.
-    #[allow(clippy::too_many_arguments)]
-    pub fn emit(
-        &self,
-        b: &mut Body,
-        a: &Args,
-        first: usize,
-        row: Val,
-        n: Val,
-        sum: Val,
-        there: usize,
-    ) -> HashMap<Value, Val> {
-        let lanes = sum.ty.lanes;
-        let anchor = self.fused.anchor().and_then(|op| self.fused.module.ops[op].result(0));
-        let mut values = HashMap::from([(anchor.expect("an epilogue has an anchor"), sum)]);
-        for (i, (&v, &(by_row, along))) in self.operands.iter().zip(&self.steps).enumerate() {
-            let elem = self.fused.register(v);
-            let mut at = if along { n } else { b.size(0) };
-            if by_row {
-                let stride = b.size(if along { self.n } else { 1 });
-                let start = b.mul(row, stride);
-                at = b.add(start, at);
-            }
-            let buffer = a.buffer(b, first + i);
-            let p = elementwise::element(b, buffer, at, elem);
-            let value = match along {
-                true => pointwise::load_some(b, p, vector(lanes, elem), there),
-                false => {
-                    let one = pointwise::load(b, p, crate::text::scalar(elem));
-                    b.broadcast(one, lanes)
-                }
-            };
-            values.insert(v, value);
-        }
-        elementwise::chain(b, self.fused, &mut values, lanes);
-        values
-    }
 }

@@ -4,19 +4,26 @@
 //! the units of work it is to do. Units are independent of each other and each is computed in one order, so results do not
 //! depend on how they are divided among threads.
 
+pub mod batched;
 pub mod copy;
+pub mod dense;
 pub mod elementwise;
+pub mod epilogue;
+pub mod gather;
+pub mod gather_packed;
 pub mod math;
 pub mod matmul_nbits;
 pub mod norm;
 pub mod packed;
 pub mod packed_product;
 pub mod pointwise;
+pub mod range;
 pub mod sizes;
 
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::{Body, Scalar, Val, scalar};
+use runtime::Fault;
 use std::collections::BTreeSet;
 
 /// The text of one kernel.
@@ -39,6 +46,8 @@ pub enum Buffer {
     Blob(usize),
     /// Memory between the steps of one op (see [`Lowered::temps`]).
     Temp(usize),
+    /// One i32, 0 before the run, to which kernels write what is wrong with the data (see [`report`]).
+    Fault,
 }
 
 /// One kernel, called on all its units.
@@ -104,6 +113,13 @@ impl Args {
         let slot = b.at_const(self.dims, 8 * i);
         b.load(slot, scalar(Scalar::I64))
     }
+}
+
+/// Writes `fault` to the buffer [`Buffer::Fault`]. The kernel goes on, without reading what it must not; the run fails
+/// when it is over.
+pub fn report(b: &mut Body, word: Val, fault: Fault) {
+    let number = b.int(Scalar::I32, fault as i64);
+    b.store_shared(number, word);
 }
 
 impl Kernel {

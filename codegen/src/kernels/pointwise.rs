@@ -5,7 +5,8 @@
 use super::math;
 use crate::target::Target;
 use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar};
-use dialects::ir::{Elem, Module, Op, OpData};
+use dialects::ir::{Elem, Module, Op, OpData, Value};
+use dialects::tensor::Tensor;
 
 /// The type of an element in a register. Bools are one bit there and a byte in memory.
 pub fn register(elem: Elem) -> Option<Scalar> {
@@ -61,6 +62,22 @@ fn in_memory(b: &mut Body, v: Val) -> Val {
     }
 }
 
+/// A constant of one element, which kernels hold in their code.
+pub fn number(m: &Module, v: Value) -> Option<f64> {
+    let data = &m.consts[m.const_of(v)?];
+    if data.count() != 1 {
+        return None;
+    }
+    let t = Tensor::from_const(data).ok()?;
+    match t.i64s() {
+        Ok(n) => Some(n[0] as f64).filter(|&x| x as i64 == n[0]),
+        Err(_) => t.to_f32().ok().map(|x| f64::from(x[0])).or_else(|| {
+            let truth = t.bools().ok().map(|b| f64::from(u8::from(b[0])));
+            truth.or_else(|| t.to_i64().ok().map(|n| n[0] as f64))
+        }),
+    }
+}
+
 /// Whether [`emit`] knows `op` of `m`.
 pub fn supports(m: &Module, target: &Target, op: Op) -> bool {
     let data = &m.ops[op];
@@ -68,23 +85,30 @@ pub fn supports(m: &Module, target: &Target, op: Op) -> bool {
     let elem = |v| m.ty(v).elem().and_then(register);
     let Some(out) = elem(result) else { return false };
     let inputs: Option<Vec<Scalar>> = data.operands.iter().flatten().map(|&v| elem(v)).collect();
-    let Some(inputs) = inputs.filter(|i| !i.is_empty() && data.operands.len() == i.len()) else {
+    let Some(inputs) = inputs.filter(|i| !i.is_empty()) else { return false };
+    // Before opset 7 an attribute said how dims meet.
+    let plain = data.attrs.int("broadcast").is_none() && data.attrs.int("axis").is_none();
+    if !plain || (data.operands.len() != inputs.len() && !data.is("onnx.Clip")) {
         return false;
-    };
+    }
+    let numbers: Vec<Option<f64>> = data.operands.iter().flatten().map(|&v| number(m, v)).collect();
     let params: Vec<Ty> = inputs.into_iter().map(scalar).collect();
     let mut known = false;
     Body::function(target, "probe", &params, |b, p| {
-        known = emit(b, data, p, out).is_some_and(|v| v.ty == scalar(out));
+        known = emit(b, data, p, &numbers, out).is_some_and(|v| v.ty == scalar(out));
     });
     known
 }
 
-/// One op; its result has elements `out`. `None` where it is not known.
-pub fn emit(b: &mut Body, op: &OpData, x: &[Val], out: Scalar) -> Option<Val> {
+/// One op; its result has elements `out`. Of those operands that are constants, `numbers` says which. `None` where it is not
+/// known.
+pub fn emit(b: &mut Body, op: &OpData, x: &[Val], numbers: &[Option<f64>], out: Scalar) -> Option<Val> {
     let first = *x.first()?;
     let float = first.ty.elem == Scalar::F32;
     let arithmetic = matches!(first.ty.elem, Scalar::F32 | Scalar::I64 | Scalar::I32);
     let bools = first.ty.elem == Scalar::I1;
+    let integer = arithmetic && !float;
+    let attr = |name: &str, default: f64| op.attrs.float(name).map_or(default, f64::from);
     let cmp = |b: &mut Body, how| (x.len() == 2 && !bools).then(|| b.cmp(how, x[0], x[1]));
     let name = op.name.as_str().strip_prefix("onnx.").unwrap_or(op.name.as_str());
     Some(match (name, x.len()) {
@@ -94,11 +118,39 @@ pub fn emit(b: &mut Body, op: &OpData, x: &[Val], out: Scalar) -> Option<Val> {
         ("Sub", 2) if arithmetic => b.sub(x[0], x[1]),
         ("Mul", 2) if arithmetic => b.mul(x[0], x[1]),
         ("Div", 2) if float => b.div(x[0], x[1]),
+        ("Div", 2) if integer => return quotient(b, first, numbers[1]?),
+        ("Mod", 2) if integer => {
+            return remainder(b, first, numbers[1]?, op.attrs.int("fmod").unwrap_or(0) != 0);
+        }
+        ("Pow", 2) if float => return power(b, first, numbers[1]?),
+        ("Clip", _) if arithmetic => clip(b, op, x),
         ("Max", 2) if arithmetic => b.max(x[0], x[1]),
         ("Min", 2) if arithmetic => b.min(x[0], x[1]),
         ("Sum", 2) if float => b.add(x[0], x[1]),
         ("Neg", 1) if float => b.unary("arith.negf", first),
         ("Abs", 1) if float => b.unary("math.absf", first),
+        ("Neg", 1) if integer => {
+            let zero = b.splat(first.ty, 0.0);
+            b.sub(zero, first)
+        }
+        ("Abs", 1) if integer => {
+            let zero = b.splat(first.ty, 0.0);
+            let minus = b.sub(zero, first);
+            b.max(first, minus)
+        }
+        ("Sign", 1) if arithmetic => {
+            let [zero, one, minus] = [0.0, 1.0, -1.0].map(|n| b.splat(first.ty, n));
+            let (above, below) = (b.cmp(Cmp::Gt, first, zero), b.cmp(Cmp::Lt, first, zero));
+            let y = b.select(below, minus, first);
+            b.select(above, one, y)
+        }
+        ("Ceil", 1) if float => math::ceil(b, first),
+        ("Floor", 1) if float => math::floor(b, first),
+        ("Round", 1) if float => math::round(b, first),
+        ("IsNaN", 1) if float => b.cmp(Cmp::Ne, first, first),
+        ("Log", 1) if float => math::log(b, first),
+        ("Sin", 1) if float => math::sin(b, first),
+        ("Cos", 1) if float => math::cos(b, first),
         ("Sqrt", 1) if float => b.unary("math.sqrt", first),
         ("Reciprocal", 1) if float => {
             let one = b.splat(first.ty, 1.0);
@@ -108,6 +160,51 @@ pub fn emit(b: &mut Body, op: &OpData, x: &[Val], out: Scalar) -> Option<Val> {
         ("Tanh", 1) if float => math::tanh(b, first),
         ("Sigmoid", 1) if float => math::sigmoid(b, first),
         ("Erf", 1) if float => math::erf(b, first),
+        ("HardSigmoid", 1) if float => {
+            let (alpha, beta) = (attr("alpha", f64::from(0.2f32)), attr("beta", 0.5));
+            let (alpha, beta) = (b.splat(first.ty, alpha), b.splat(first.ty, beta));
+            let y = b.mul(first, alpha);
+            let y = b.add(y, beta);
+            unit(b, y)
+        }
+        ("HardSwish", 1) if float => {
+            let (six, half) = (b.splat(first.ty, 6.0), b.splat(first.ty, 0.5));
+            let y = b.div(first, six);
+            let y = b.add(y, half);
+            let y = unit(b, y);
+            b.mul(first, y)
+        }
+        ("LeakyRelu", 1) if float => {
+            let alpha = b.splat(first.ty, attr("alpha", f64::from(0.01f32)));
+            let y = b.mul(alpha, first);
+            where_negative(b, first, y)
+        }
+        ("Elu", 1) if float => {
+            let alpha = b.splat(first.ty, attr("alpha", 1.0));
+            let y = math::exp_m1(b, first);
+            let y = b.mul(alpha, y);
+            where_negative(b, first, y)
+        }
+        ("Softplus", 1) if float => {
+            // max(x, 0) + ln (1 + e^-|x|)
+            let zero = b.splat(first.ty, 0.0);
+            let size = b.unary("math.absf", first);
+            let minus = b.unary("arith.negf", size);
+            let e = math::exp(b, minus);
+            let rest = math::log_1p(b, e);
+            let above = b.max(first, zero);
+            b.add(above, rest)
+        }
+        ("Softsign", 1) if float => {
+            let one = b.splat(first.ty, 1.0);
+            let size = b.unary("math.absf", first);
+            let below = b.add(one, size);
+            b.div(first, below)
+        }
+        ("Relu", 1) if integer => {
+            let zero = b.splat(first.ty, 0.0);
+            b.max(first, zero)
+        }
         ("Relu", 1) if float => {
             let zero = b.splat(first.ty, 0.0);
             b.max(first, zero)
@@ -154,10 +251,107 @@ fn cast(b: &mut Body, x: Val, out: Scalar) -> Option<Val> {
             let zero = b.splat(x.ty, 0.0);
             b.cmp(Cmp::Ne, x, zero)
         }
-        // What a float beyond the integers becomes is the interpreter's affair.
-        (Scalar::F32, _) => return None,
+        (Scalar::F32, to) => math::to_integer(b, x, to),
         (_, to) => b.cast(x, to),
     })
+}
+
+/// x / d towards zero, for a divisor that is not 0. By -1 the lowest number wraps around; the instruction would trap.
+fn quotient(b: &mut Body, x: Val, d: f64) -> Option<Val> {
+    let (zero, by) = (b.splat(x.ty, 0.0), b.splat(x.ty, d));
+    Some(match d {
+        0.0 => return None,
+        -1.0 => b.sub(zero, x),
+        _ => b.div(x, by),
+    })
+}
+
+/// What is left of x / d, with the sign of x, or else with that of d; for a divisor that is not 0.
+fn remainder(b: &mut Body, x: Val, d: f64, sign_of_x: bool) -> Option<Val> {
+    let (zero, by) = (b.splat(x.ty, 0.0), b.splat(x.ty, d));
+    Some(match d {
+        0.0 => return None,
+        -1.0 => zero,
+        _ if sign_of_x => b.rem(x, by),
+        _ => floor_mod(b, x, by),
+    })
+}
+
+/// The remainder with the sign of the divisor.
+fn floor_mod(b: &mut Body, x: Val, d: Val) -> Val {
+    let zero = b.splat(x.ty, 0.0);
+    let r = b.rem(x, d);
+    let some = b.cmp(Cmp::Ne, r, zero);
+    let (low, below) = (b.cmp(Cmp::Lt, r, zero), b.cmp(Cmp::Lt, d, zero));
+    let differ = b.xor(low, below);
+    let differ = b.and(some, differ);
+    let up = b.add(r, d);
+    b.select(differ, up, r)
+}
+
+/// x to a power that takes no logarithm.
+fn power(b: &mut Body, x: Val, exponent: f64) -> Option<Val> {
+    let one = b.splat(x.ty, 1.0);
+    let root = |b: &mut Body| {
+        // Of -0 the root is 0, and of -inf infinity: a power, unlike `sqrt`, has no sign of its own.
+        let (zero, minus) = (b.splat(x.ty, 0.0), b.splat(x.ty, f64::NEG_INFINITY));
+        let infinity = b.splat(x.ty, f64::INFINITY);
+        let y = b.unary("math.sqrt", x);
+        let y = b.add(y, zero);
+        let endless = b.cmp(Cmp::Eq, x, minus);
+        b.select(endless, infinity, y)
+    };
+    Some(match exponent {
+        0.5 => root(b),
+        -0.5 => {
+            let root = root(b);
+            b.div(one, root)
+        }
+        1.0 => x,
+        -1.0 => b.div(one, x),
+        2.0 => b.mul(x, x),
+        3.0 => {
+            let square = b.mul(x, x);
+            b.mul(square, x)
+        }
+        _ => return None,
+    })
+}
+
+/// x within limits, which are operands, or attributes before opset 11; the upper one wins, and NaN stays.
+fn clip(b: &mut Body, op: &OpData, x: &[Val]) -> Val {
+    let mut limits = x[1..].iter();
+    let mut limit = |b: &mut Body, i: usize, name: &str| match op.operand(i) {
+        Some(_) => limits.next().copied(),
+        None => op.attrs.float(name).map(|l| b.splat(x[0].ty, l.into())),
+    };
+    let (low, high) = (limit(b, 1, "min"), limit(b, 2, "max"));
+    let mut y = x[0];
+    if let Some(low) = low {
+        let below = b.cmp(Cmp::Lt, y, low);
+        y = b.select(below, low, y);
+    }
+    if let Some(high) = high {
+        let above = b.cmp(Cmp::Gt, y, high);
+        y = b.select(above, high, y);
+    }
+    y
+}
+
+/// Within 0 and 1; NaN stays.
+fn unit(b: &mut Body, x: Val) -> Val {
+    let (zero, one) = (b.splat(x.ty, 0.0), b.splat(x.ty, 1.0));
+    let below = b.cmp(Cmp::Lt, x, zero);
+    let x = b.select(below, zero, x);
+    let above = b.cmp(Cmp::Gt, x, one);
+    b.select(above, one, x)
+}
+
+/// `y` where x is negative, else x.
+fn where_negative(b: &mut Body, x: Val, y: Val) -> Val {
+    let zero = b.splat(x.ty, 0.0);
+    let negative = b.cmp(Cmp::Lt, x, zero);
+    b.select(negative, y, x)
 }
 
 /// x (1 + erf(x / sqrt 2)) / 2, or with tanh.

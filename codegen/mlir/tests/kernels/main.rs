@@ -1,7 +1,10 @@
 //! Every kernel, compiled and run on random shapes, against the interpreter or arithmetic in float64.
 #![allow(unsafe_code)]
 
+mod dense;
+mod gather;
 mod harness;
 mod models;
 mod movement;
 mod packed;
+mod pointwise;
