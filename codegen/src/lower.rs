@@ -1,7 +1,7 @@
 //! From `kernel.fused` to kernels: the table of what a kernel can be made around.
 
 use crate::fuse::Fused;
-use crate::kernels::{Lowered, elementwise, matmul_nbits, norm};
+use crate::kernels::{Lowered, attention, elementwise, matmul_nbits, norm, rotary, softmax};
 use crate::target::Target;
 use dialects::ir::{Module, Op};
 
@@ -34,6 +34,9 @@ fn nothing(_: &[bool]) -> bool {
     false
 }
 
+const ATTENTION: Anchor = Anchor { supports: attention::supports, takes: nothing, lower: attention::lower };
+const ROTARY: Anchor = Anchor { supports: rotary::supports, takes: nothing, lower: rotary::lower };
+const SOFTMAX: Anchor = Anchor { supports: softmax::supports, takes: nothing, lower: softmax::lower };
 const NORM: Anchor = Anchor { supports: norm::supports, takes: nothing, lower: norm::lower };
 
 const ANCHORS: &[(&str, Anchor)] = &[
@@ -41,9 +44,15 @@ const ANCHORS: &[(&str, Anchor)] = &[
         "com.microsoft.MatMulNBits",
         Anchor { supports: matmul_nbits::supports, takes: rows, lower: matmul_nbits::lower },
     ),
+    ("com.microsoft.MultiHeadAttention", ATTENTION),
+    ("com.microsoft.RotaryEmbedding", ROTARY),
+    ("onnx.Attention", ATTENTION),
     ("onnx.LayerNormalization", NORM),
+    ("onnx.LogSoftmax", SOFTMAX),
     ("onnx.RMSNormalization", NORM),
+    ("onnx.RotaryEmbedding", ROTARY),
     ("onnx.SimplifiedLayerNormalization", NORM),
+    ("onnx.Softmax", SOFTMAX),
 ];
 
 /// How a kernel is made around `op`, if one can be.

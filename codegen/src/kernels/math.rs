@@ -53,6 +53,73 @@ pub fn exp(b: &mut Body, x: Val) -> Val {
     b.select(number, y, x)
 }
 
+/// e^x of an x that is not above 0, or NaN: [`exp`] with neither overflow nor the second half of the exponent to see to.
+pub fn exp_below(b: &mut Body, x: Val) -> Val {
+    let low = b.splat(x.ty, -87.336_54);
+    let under = b.cmp(Cmp::Lt, x, low);
+    let clamped = b.select(under, low, x);
+    let (log2e, round) = (b.splat(x.ty, std::f64::consts::LOG2_E), b.splat(x.ty, 12_582_912.0));
+    // The last bits of t are n.
+    let t = b.fma(clamped, log2e, round);
+    let n = b.sub(t, round);
+    let (high_part, low_part) = (b.splat(x.ty, -355.0 / 512.0), b.splat(x.ty, 2.121_944_4e-4));
+    let r = b.fma(n, high_part, clamped);
+    let r = b.fma(n, low_part, r);
+    let p = polynomial(b, r, &[1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5]);
+    let one = b.splat(x.ty, 1.0);
+    let square = b.mul(r, r);
+    let tail = b.add(r, one);
+    let p = b.fma(p, square, tail);
+    let bits = b.bitcast(t, x.ty.of(Scalar::I32));
+    let bias = b.splat(bits.ty, 127.0);
+    let bits = b.add(bits, bias);
+    let bits = b.shl(bits, 23);
+    let power = b.bitcast(bits, x.ty);
+    let y = b.mul(p, power);
+    let zero = b.splat(x.ty, 0.0);
+    b.select(under, zero, y)
+}
+
+/// ln x of a positive normal x, or infinity, or NaN: x = 2^e (1 + f) with 1 + f between the roots of 1/2 and 2, and Cephes'
+/// polynomial (`logf`) in f.
+pub fn log(b: &mut Body, x: Val) -> Val {
+    let ints = x.ty.of(Scalar::I32);
+    let bits = b.bitcast(x, ints);
+    let root = b.splat(ints, f64::from(0x3f35_04f3));
+    let above = b.sub(bits, root);
+    let e = b.shr_signed(above, 23);
+    let exponent = b.shl(e, 23);
+    let fraction = b.sub(bits, exponent);
+    let fraction = b.bitcast(fraction, x.ty);
+    let one = b.splat(x.ty, 1.0);
+    let f = b.sub(fraction, one);
+    let e = b.cast(e, Scalar::F32);
+    let coefficients = [
+        7.037_683_6e-2,
+        -0.115_146_1,
+        0.116_769_99,
+        -0.124_201_41,
+        0.142_493_23,
+        -0.166_680_58,
+        0.200_007_15,
+        -0.249_999_94,
+        0.333_333_3,
+    ];
+    let p = polynomial(b, f, &coefficients);
+    let square = b.mul(f, f);
+    let cube = b.mul(square, f);
+    let (low_part, half) = (b.splat(x.ty, -2.121_944_4e-4), b.splat(x.ty, -0.5));
+    let low = b.mul(e, low_part);
+    let y = b.fma(p, cube, low);
+    let y = b.fma(square, half, y);
+    let y = b.add(y, f);
+    let high_part = b.splat(x.ty, 355.0 / 512.0);
+    let y = b.fma(e, high_part, y);
+    let infinity = b.splat(x.ty, f64::INFINITY);
+    let finite = b.cmp(Cmp::Lt, x, infinity);
+    b.select(finite, y, x)
+}
+
 /// 1 / (1 + e^-x).
 pub fn sigmoid(b: &mut Body, x: Val) -> Val {
     let negative = b.unary("arith.negf", x);

@@ -4,13 +4,18 @@
 //! the units of work it is to do. Units are independent of each other and each is computed in one order, so results do not
 //! depend on how they are divided among threads.
 
+pub mod attention;
+pub mod attention_tiles;
 pub mod elementwise;
+pub mod heads;
 pub mod math;
 pub mod matmul_nbits;
 pub mod norm;
 pub mod packed;
 pub mod packed_product;
 pub mod pointwise;
+pub mod rotary;
+pub mod softmax;
 
 use crate::size::Size;
 use crate::target::Target;

@@ -3,7 +3,7 @@
 
 use crate::harness::targets;
 use codegen::plan::plan;
-use codegen::{CompileError, Compiler, Native, Request, artifact};
+use codegen::{CompileError, Compiler, Native, Request, Target, artifact};
 use dialects::exec::{Executor, run_once};
 use dialects::ir::interp::Interpreter;
 use dialects::ir::{Attr, ConstData, Module, OpBuilder, Type, Value, infer, parse::parse};
@@ -70,8 +70,20 @@ fn close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
 
 /// Checks a model on random inputs; at least `compiled` of its ops must be.
 pub fn check(m: &Module, dims: &[&[(&str, usize)]], compiled: usize, tolerance: f64) {
-    let ops = Ops::standard();
     let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let given: Vec<_> = dims.iter().map(|sizes| inputs(m, sizes, &mut rng)).collect();
+    check_given(m, dims, compiled, tolerance, &given);
+}
+
+/// The same on these inputs, for each set of dims.
+pub fn check_given(
+    m: &Module,
+    dims: &[&[(&str, usize)]],
+    compiled: usize,
+    tolerance: f64,
+    given: &[Vec<(Value, Item)>],
+) {
+    let ops = Ops::standard();
     let wanted = m.regions[m.top].results.clone();
     let keep = wanted.iter().copied().collect();
     let native = Native::new(ops.clone(), Arc::new(Here));
@@ -79,13 +91,15 @@ pub fn check(m: &Module, dims: &[&[(&str, usize)]], compiled: usize, tolerance: 
     assert!(summary.compiled >= compiled, "{summary:?}");
     let interpreter = Interpreter::new(ops.clone());
     let ready = native.prepare(m, &wanted).unwrap();
-    let library = summary.interpreted.is_empty().then(|| built(m, &ops, dims));
-    for sizes in dims {
-        let given = inputs(m, sizes, &mut rng);
-        let expected = run_once(&interpreter, m, &given, &wanted).unwrap();
+    let libraries: Vec<_> = match summary.interpreted.is_empty() {
+        true => targets().into_iter().map(|t| (built(m, &ops, dims, &t), t)).collect(),
+        false => Vec::new(),
+    };
+    for (sizes, given) in dims.iter().zip(given) {
+        let expected = run_once(&interpreter, m, given, &wanted).unwrap();
         let mut came = std::collections::HashMap::new();
         ready
-            .run(&given, &mut |v, item| {
+            .run(given, &mut |v, item| {
                 came.insert(v, item.clone());
                 Ok(())
             })
@@ -94,16 +108,32 @@ pub fn check(m: &Module, dims: &[&[(&str, usize)]], compiled: usize, tolerance: 
         for (f, e) in found.iter().zip(&expected) {
             close(&format!("{sizes:?}"), f.tensor().unwrap(), e.tensor().unwrap(), tolerance);
         }
-        if let Some(model) = &library {
+        for (i, (model, target)) in libraries.iter().enumerate() {
             let given: Vec<runtime::Tensor> =
                 given.iter().map(|(_, i)| outside(i.tensor().unwrap())).collect();
             let out = model.run(&given).unwrap();
-            for (f, e) in out.iter().zip(&found) {
-                // The same kernels, elsewhere in memory.
-                assert_eq!(*f, outside(e.tensor().unwrap()), "{sizes:?}: built");
+            for ((o, f), e) in out.iter().zip(&found).zip(&expected) {
+                let what = format!("{sizes:?}: built for {target}");
+                if i + 1 == libraries.len() {
+                    // The same kernels, elsewhere in memory.
+                    assert_eq!(*o, outside(f.tensor().unwrap()), "{what}");
+                } else if o.elem == runtime::Elem::F32 {
+                    let o = Tensor::new(&o.shape, o.to_f32().unwrap()).unwrap();
+                    close(&what, &o, e.tensor().unwrap(), tolerance);
+                } else {
+                    assert_eq!(*o, outside(e.tensor().unwrap()), "{what}");
+                }
             }
         }
     }
+}
+
+/// Checks that `op`, and no other, is left to the interpreter.
+pub fn check_left(m: &Module, op: &str) {
+    let native = Native::new(Ops::standard(), Arc::new(Here));
+    let (_, _, summary) = native.compile(m, &m.regions[m.top].results.iter().copied().collect()).unwrap();
+    let left: Vec<&str> = summary.interpreted.iter().map(|(op, _)| op.as_str()).collect();
+    assert_eq!(left, [op], "{summary:?}");
 }
 
 fn outside(t: &Tensor) -> runtime::Tensor {
@@ -117,16 +147,15 @@ fn outside(t: &Tensor) -> runtime::Tensor {
     runtime::Tensor { elem, shape: t.shape().to_vec(), bytes }
 }
 
-fn built(m: &Module, ops: &Ops, dims: &[&[(&str, usize)]]) -> runtime::Model {
-    let target = targets().pop().unwrap();
+fn built(m: &Module, ops: &Ops, dims: &[&[(&str, usize)]], target: &Target) -> runtime::Model {
     let most = |name: &str| {
         let sizes = dims.iter().flat_map(|d| d.iter()).filter(|(n, _)| *n == name);
         sizes.map(|(_, s)| *s as u64).max()
     };
-    let plan = plan(m, ops, &target, &most).unwrap();
+    let plan = plan(m, ops, target, &most).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let name = Some("model.weights".to_owned());
-    let built = artifact::build(&plan, &target, &Here, dir.path(), name).unwrap();
+    let built = artifact::build(&plan, target, &Here, dir.path(), name).unwrap();
     std::fs::write(dir.path().join("model.weights"), built.weights.unwrap()).unwrap();
     runtime::Model::load(&built.library).unwrap()
 }
