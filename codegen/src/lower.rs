@@ -2,7 +2,8 @@
 
 use crate::fuse::Fused;
 use crate::kernels::{
-    Lowered, batched, copy, dense, elementwise, gather, gather_packed, matmul_nbits, norm, range, sizes,
+    Lowered, attention, batched, copy, dense, elementwise, gather, gather_packed, matmul_nbits, norm, range,
+    rotary, sizes, softmax,
 };
 use crate::target::Target;
 use dialects::ir::{Module, Op};
@@ -63,6 +64,7 @@ impl Anchor {
     }
 }
 
+const ATTENTION: Anchor = Anchor::alone(attention::supports, attention::lower);
 const BATCHED: Anchor = Anchor::alone(batched::supports, batched::lower);
 const COPY: Anchor = Anchor::alone(copy::supports, copy::lower).views(1);
 const DENSE: Anchor = Anchor::alone(dense::supports, dense::lower).rows();
@@ -71,6 +73,8 @@ const GATHER_PACKED: Anchor = Anchor::alone(gather_packed::supports, gather_pack
 const MATMUL_NBITS: Anchor = Anchor::alone(matmul_nbits::supports, matmul_nbits::lower).rows();
 const NORM: Anchor = Anchor::alone(norm::supports, norm::lower);
 const RANGE: Anchor = Anchor::alone(range::supports, range::lower);
+const ROTARY: Anchor = Anchor::alone(rotary::supports, rotary::lower);
+const SOFTMAX: Anchor = Anchor::alone(softmax::supports, softmax::lower);
 
 /// What inference knows is never computed from operands.
 const SIZES: Anchor = Anchor::alone(sizes::supports, sizes::lower);
@@ -79,6 +83,9 @@ const SIZES: Anchor = Anchor::alone(sizes::supports, sizes::lower);
 const ANCHORS: &[(&str, Anchor)] = &[
     ("com.microsoft.GatherBlockQuantized", GATHER_PACKED),
     ("com.microsoft.MatMulNBits", MATMUL_NBITS),
+    ("com.microsoft.MultiHeadAttention", ATTENTION),
+    ("com.microsoft.RotaryEmbedding", ROTARY),
+    ("onnx.Attention", ATTENTION),
     ("onnx.Concat", COPY.views(usize::MAX)),
     ("onnx.Expand", COPY),
     ("onnx.Gather", GATHER),
@@ -86,12 +93,15 @@ const ANCHORS: &[(&str, Anchor)] = &[
     ("onnx.GatherND", GATHER),
     ("onnx.Gemm", DENSE),
     ("onnx.LayerNormalization", NORM),
+    ("onnx.LogSoftmax", SOFTMAX),
     ("onnx.MatMul", DENSE),
     ("onnx.MatMul", BATCHED),
     ("onnx.RMSNormalization", NORM),
     ("onnx.Range", RANGE),
+    ("onnx.RotaryEmbedding", ROTARY),
     ("onnx.SimplifiedLayerNormalization", NORM),
     ("onnx.Slice", COPY),
+    ("onnx.Softmax", SOFTMAX),
     ("onnx.Split", COPY),
     ("onnx.Transpose", COPY),
 ];

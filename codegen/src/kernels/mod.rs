@@ -4,6 +4,8 @@
 //! the units of work it is to do. Units are independent of each other and each is computed in one order, so results do not
 //! depend on how they are divided among threads.
 
+pub mod attention;
+pub mod attention_tiles;
 pub mod batched;
 pub mod copy;
 pub mod dense;
@@ -11,6 +13,7 @@ pub mod elementwise;
 pub mod epilogue;
 pub mod gather;
 pub mod gather_packed;
+pub mod heads;
 pub mod math;
 pub mod matmul_nbits;
 pub mod norm;
@@ -18,7 +21,9 @@ pub mod packed;
 pub mod packed_product;
 pub mod pointwise;
 pub mod range;
+pub mod rotary;
 pub mod sizes;
+pub mod softmax;
 
 use crate::size::Size;
 use crate::target::Target;

@@ -1,6 +1,7 @@
 //! Every kernel, compiled and run on random shapes, against the interpreter or arithmetic in float64.
 #![allow(unsafe_code)]
 
+mod attention;
 mod dense;
 mod gather;
 mod harness;
@@ -8,3 +9,5 @@ mod models;
 mod movement;
 mod packed;
 mod pointwise;
+mod rotary;
+mod softmax;

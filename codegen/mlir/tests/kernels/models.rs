@@ -141,6 +141,14 @@ pub fn inside(t: &runtime::Tensor) -> Tensor {
     .unwrap()
 }
 
+/// Checks that `op`, and no other, is left to the interpreter.
+pub fn check_left(m: &Module, op: &str) {
+    let native = Native::new(Ops::standard(), Arc::new(Here));
+    let (_, _, summary) = native.compile(m, &[], &m.regions[m.top].results).unwrap();
+    let left: Vec<&str> = summary.interpreted.iter().map(|(op, _)| op.as_str()).collect();
+    assert_eq!(left, [op], "{summary:?}");
+}
+
 /// A tensor for a library.
 pub fn outside(t: &Tensor) -> runtime::Tensor {
     let elem = match t.elem().to_string().as_str() {

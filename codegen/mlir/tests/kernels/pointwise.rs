@@ -178,7 +178,7 @@ graph @main(%x : tensor<n x i64>, %f : tensor<n x f32>) {
 ",
     );
     let native = Native::new(Ops::standard(), Arc::new(crate::models::Here));
-    let keep = m.regions[m.top].results.iter().copied().collect();
-    let (_, _, summary) = native.compile(&m, &keep).unwrap();
+    let keep = m.regions[m.top].results.clone();
+    let (_, _, summary) = native.compile(&m, &[], &keep).unwrap();
     assert_eq!((summary.compiled, summary.interpreted.len()), (0, 5), "{summary}");
 }
