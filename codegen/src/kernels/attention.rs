@@ -67,7 +67,8 @@ impl Problem {
         let microsoft = data.is("com.microsoft.MultiHeadAttention");
         let layout = if microsoft { MULTI_HEAD } else { ATTENTION };
         let attrs = &data.attrs;
-        let windowed = ["left_window_size", "right_window_size"].iter().any(|n| attrs.int(n).is_some_and(|w| w >= 0));
+        let windowed =
+            ["left_window_size", "right_window_size"].iter().any(|n| attrs.int(n).is_some_and(|w| w >= 0));
         let known = |v: Value| Size::shape(m.ty(v)).is_some() && m.ty(v).elem() == Some(Elem::F32);
         if layout.foreign.iter().any(|&i| data.operand(i).is_some())
             || windowed
@@ -122,9 +123,10 @@ impl Problem {
     fn before(m: &Module, past: [Value; 2], new: [&Heads; 2]) -> Option<Size> {
         let [k, v] = past.map(|v| Heads::of(m, v, None));
         let (k, v) = (k?, v?);
-        let fits = [&k, &v].into_iter().zip(new).all(|(old, new)| {
-            (&old.batch, old.heads, old.size) == (&new.batch, new.heads, new.size)
-        });
+        let fits = [&k, &v]
+            .into_iter()
+            .zip(new)
+            .all(|(old, new)| (&old.batch, old.heads, old.size) == (&new.batch, new.heads, new.size));
         (fits && k.positions == v.positions).then_some(k.positions)
     }
 

@@ -219,7 +219,9 @@ impl Form {
             };
             let (u, v) = match self.interleaved {
                 true => {
-                    let zip = |from: usize| (from..from + lanes / 2).flat_map(|i| [i, lanes + i]).collect::<Vec<_>>();
+                    let zip = |from: usize| {
+                        (from..from + lanes / 2).flat_map(|i| [i, lanes + i]).collect::<Vec<_>>()
+                    };
                     (b.shuffle(difference, sum, &zip(0)), b.shuffle(difference, sum, &zip(lanes / 2)))
                 }
                 false => (difference, sum),

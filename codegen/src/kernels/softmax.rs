@@ -44,18 +44,32 @@ fn softmax(target: &Target, log: bool) -> Kernel {
             let at = b.mul(unit, length);
             let (x, y) = (b.element(x, at, Scalar::F32), b.element(y, at, Scalar::F32));
             // A NaN is passed over, and makes the sum NaN.
-            let top = reduce(b, length, lanes, f64::NEG_INFINITY, |b, s, t| b.max_finite(s, t), |b, i, lanes| load(b, x, i, lanes));
-            let sum = reduce(b, length, lanes, 0.0, |b, s, t| b.add(s, t), |b, i, lanes| {
-                let v = load(b, x, i, lanes);
-                let top = b.spread(top, lanes);
-                let v = b.sub(v, top);
-                let e = math::exp_below(b, v);
-                if !log {
-                    let at = b.element(y, i, Scalar::F32);
-                    b.store(e, at);
-                }
-                e
-            });
+            let top = reduce(
+                b,
+                length,
+                lanes,
+                f64::NEG_INFINITY,
+                |b, s, t| b.max_finite(s, t),
+                |b, i, lanes| load(b, x, i, lanes),
+            );
+            let sum = reduce(
+                b,
+                length,
+                lanes,
+                0.0,
+                |b, s, t| b.add(s, t),
+                |b, i, lanes| {
+                    let v = load(b, x, i, lanes);
+                    let top = b.spread(top, lanes);
+                    let v = b.sub(v, top);
+                    let e = math::exp_below(b, v);
+                    if !log {
+                        let at = b.element(y, i, Scalar::F32);
+                        b.store(e, at);
+                    }
+                    e
+                },
+            );
             let one = b.splat(scalar(Scalar::F32), 1.0);
             let by = if log { math::log(b, sum) } else { b.div(one, sum) };
             let zero = b.size(0);
