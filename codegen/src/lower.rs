@@ -2,7 +2,7 @@
 
 use crate::fuse::Fused;
 use crate::kernels::{
-    Lowered, batched, dense, elementwise, gather, gather_packed, matmul_nbits, norm, range,
+    Lowered, batched, dense, elementwise, gather, gather_packed, integer, matmul_nbits, norm, quantize, range,
 };
 use crate::target::Target;
 use dialects::ir::{Module, Op};
@@ -37,6 +37,9 @@ fn nothing(_: &[bool]) -> bool {
 }
 
 const NORM: Anchor = Anchor { supports: norm::supports, takes: nothing, lower: norm::lower };
+const DYNAMIC: Anchor =
+    Anchor { supports: quantize::supports_dynamic, takes: nothing, lower: quantize::lower_dynamic };
+const QUANTIZE: Anchor = Anchor { supports: quantize::supports, takes: nothing, lower: quantize::lower };
 const DENSE: Anchor = Anchor { supports: dense::supports, takes: rows, lower: dense::lower };
 
 const GATHER: Anchor = Anchor { supports: gather::supports, takes: nothing, lower: gather::lower };
@@ -50,6 +53,12 @@ const ANCHORS: &[(&str, Anchor)] = &[
         "com.microsoft.MatMulNBits",
         Anchor { supports: matmul_nbits::supports, takes: rows, lower: matmul_nbits::lower },
     ),
+    ("com.microsoft.DequantizeLinear", QUANTIZE),
+    ("com.microsoft.QuantizeLinear", QUANTIZE),
+    ("onnx.DequantizeLinear", QUANTIZE),
+    ("onnx.DynamicQuantizeLinear", DYNAMIC),
+    ("onnx.MatMulInteger", Anchor { supports: integer::supports, takes: rows, lower: integer::lower }),
+    ("onnx.QuantizeLinear", QUANTIZE),
     ("onnx.Gemm", DENSE),
     ("onnx.MatMul", DENSE),
     ("onnx.MatMul", Anchor { supports: batched::supports, takes: nothing, lower: batched::lower }),

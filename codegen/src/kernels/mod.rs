@@ -10,12 +10,15 @@ pub mod elementwise;
 pub mod epilogue;
 pub mod gather;
 pub mod gather_packed;
+pub mod integer;
 pub mod math;
 pub mod matmul_nbits;
 pub mod norm;
 pub mod packed;
 pub mod packed_product;
+pub mod panel;
 pub mod pointwise;
+pub mod quantize;
 pub mod range;
 
 use crate::size::Size;

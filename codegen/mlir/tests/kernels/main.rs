@@ -4,6 +4,7 @@
 mod dense;
 mod gather;
 mod harness;
+mod integer;
 mod models;
 mod packed;
 mod pointwise;
