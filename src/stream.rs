@@ -174,17 +174,8 @@ mod tests {
         };
         let calibration = Calibration::open(&options, &m, registry.ops(), &term).unwrap();
         let env = DriverEnv {
-            ops: registry.ops().clone(),
-            term,
-            scratch: std::env::temp_dir(),
             calibration: Some(calibration),
-            output: None,
-            baseline: None,
-            store: None,
-            statistics: Default::default(),
-            given_statistics: None,
-            saves_statistics: false,
-            originals: None,
+            ..DriverEnv::without_data(registry.ops(), term)
         };
         (m, env)
     }

@@ -2,8 +2,8 @@
 
 use crate::fuse::Fused;
 use crate::kernels::{
-    Lowered, attention, batched, copy, dense, elementwise, gather, gather_packed, matmul_nbits, norm, range,
-    rotary, sizes, softmax,
+    Lowered, attention, batched, copy, dense, elementwise, gather, gather_packed, integer, matmul_nbits,
+    norm, quantize, range, rotary, sizes, softmax,
 };
 use crate::layout::View;
 use crate::target::Target;
@@ -74,10 +74,13 @@ const ATTENTION: Anchor = Anchor::alone(attention::supports, attention::lower).t
 const BATCHED: Anchor = Anchor::alone(batched::supports, batched::lower);
 const COPY: Anchor = Anchor::alone(copy::supports, copy::lower).through(copy::views);
 const DENSE: Anchor = Anchor::alone(dense::supports, dense::lower).rows();
+const DYNAMIC: Anchor = Anchor::alone(quantize::supports_dynamic, quantize::lower_dynamic);
 const GATHER: Anchor = Anchor::alone(gather::supports, gather::lower);
 const GATHER_PACKED: Anchor = Anchor::alone(gather_packed::supports, gather_packed::lower);
+const INTEGER: Anchor = Anchor::alone(integer::supports, integer::lower).rows();
 const MATMUL_NBITS: Anchor = Anchor::alone(matmul_nbits::supports, matmul_nbits::lower).rows();
 const NORM: Anchor = Anchor::alone(norm::supports, norm::lower);
+const QUANTIZE: Anchor = Anchor::alone(quantize::supports, quantize::lower);
 const RANGE: Anchor = Anchor::alone(range::supports, range::lower);
 const ROTARY: Anchor = Anchor::alone(rotary::supports, rotary::lower);
 const SOFTMAX: Anchor = Anchor::alone(softmax::supports, softmax::lower);
@@ -87,12 +90,16 @@ const SIZES: Anchor = Anchor::alone(sizes::supports, sizes::lower);
 
 /// Of several for an op, the first that does its form.
 const ANCHORS: &[(&str, Anchor)] = &[
+    ("com.microsoft.DequantizeLinear", QUANTIZE),
     ("com.microsoft.GatherBlockQuantized", GATHER_PACKED),
     ("com.microsoft.MatMulNBits", MATMUL_NBITS),
     ("com.microsoft.MultiHeadAttention", ATTENTION),
+    ("com.microsoft.QuantizeLinear", QUANTIZE),
     ("com.microsoft.RotaryEmbedding", ROTARY),
     ("onnx.Attention", ATTENTION),
     ("onnx.Concat", COPY),
+    ("onnx.DequantizeLinear", QUANTIZE),
+    ("onnx.DynamicQuantizeLinear", DYNAMIC),
     ("onnx.Expand", COPY),
     ("onnx.Gather", GATHER),
     ("onnx.GatherElements", GATHER),
@@ -102,6 +109,8 @@ const ANCHORS: &[(&str, Anchor)] = &[
     ("onnx.LogSoftmax", SOFTMAX),
     ("onnx.MatMul", DENSE),
     ("onnx.MatMul", BATCHED),
+    ("onnx.MatMulInteger", INTEGER),
+    ("onnx.QuantizeLinear", QUANTIZE),
     ("onnx.RMSNormalization", NORM),
     ("onnx.Range", RANGE),
     ("onnx.RotaryEmbedding", ROTARY),

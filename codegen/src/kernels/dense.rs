@@ -1,72 +1,16 @@
-//! `Y = X W` with a constant W of floats: MatMul and Gemm, and the elementwise ops after them on their sums.
+//! MatMul and Gemm with a constant matrix of floats, and the elementwise ops after them on their sums.
 //!
-//! **Layout.** W is packed once into panels, as many columns side by side as two vector registers hold. Four panels are a
-//! unit of work, and K is cut into blocks of 256, so that a block of a panel stays in the first cache while rows pass by:
-//! `[N / 4 panels][K / 256][panel][k][lane]`, one stream in the order of its use. Columns beyond N are 0. Where every weight is a
-//! number of bf16 or f16 it is stored as one, in half the bytes, and widened in registers, which is exact.
-//!
-//! **Rows.** Six rows of X are multiplied at a time, which are brought together before: `[K / 256][M / 6][k][row]`. Rows that are
-//! left over are read where they stand, two by two and one by one; one row alone streams W. Sums of up to 96 rows by four panels
-//! are kept on the stack between blocks of K.
-//!
-//! Source of the blocking: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
+//! Where every weight is a number of bf16 or f16 it is stored as one, in half the bytes, and widened in registers, which is exact.
 
 use super::epilogue::{Epilogue, Spot};
-use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise, pointwise};
+use super::panel::{self, Form, Store};
+use super::{Args, Lowered, elementwise};
 use crate::fuse::Fused;
 use crate::size::Size;
-use crate::target::{Arch, Feature, Target};
-use crate::text::{Body, Cmp, Scalar, Val, scalar, vector};
+use crate::target::Target;
+use crate::text::{Body, Val};
 use dialects::ir::{Elem, Module, Op, Value};
 use dialects::tensor::Tensor;
-use half::{bf16, f16};
-
-/// Vectors that a panel is wide.
-const WIDE: usize = 2;
-/// Panels in a unit.
-const PANELS: usize = 4;
-/// Elements of K in a block.
-const DEPTH: usize = 256;
-/// Rows that are multiplied at a time: with two vectors of W, twelve sums, which sixteen registers hold.
-const TILE: usize = 6;
-/// Rows in a unit.
-const ROWS: usize = 96;
-/// How far ahead of its use W is asked for, in bytes, where it is used once.
-const AHEAD: usize = 4096;
-
-/// How a weight is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Store {
-    F32,
-    F16,
-    Bf16,
-}
-
-impl Store {
-    fn elem(self) -> Scalar {
-        match self {
-            Store::F32 => Scalar::F32,
-            Store::F16 => Scalar::F16,
-            Store::Bf16 => Scalar::I16,
-        }
-    }
-
-    fn bytes(self) -> usize {
-        self.elem().bytes()
-    }
-
-    /// The shortest form that holds every weight exactly, and that `target` widens.
-    fn of(w: &[f32], target: &Target) -> Store {
-        let half = target.arch == Arch::Aarch64 || target.has(Feature::F16c);
-        if w.iter().all(|w| w.to_bits() & 0xffff == 0) {
-            Store::Bf16
-        } else if half && w.iter().all(|&w| f16::from_f32(w).to_f32() == w) {
-            Store::F16
-        } else {
-            Store::F32
-        }
-    }
-}
 
 /// What a product is: its sizes, and how its result is scaled.
 struct Product {
@@ -112,63 +56,6 @@ fn of(m: &Module, op: Op) -> Option<Product> {
     fits.then_some(Product { n, k, transposed, alpha, beta, bias })
 }
 
-/// Sizes of a packed W.
-#[derive(Clone, Copy)]
-struct Form {
-    n: usize,
-    k: usize,
-    lanes: usize,
-    store: Store,
-}
-
-impl Form {
-    /// Columns of a panel.
-    fn width(&self) -> usize {
-        WIDE * self.lanes
-    }
-
-    fn panels(&self) -> usize {
-        self.n.div_ceil(self.width())
-    }
-
-    /// Whole blocks of K.
-    fn blocks(&self) -> usize {
-        self.k / DEPTH
-    }
-
-    /// What is left of K.
-    fn rest(&self) -> usize {
-        self.k % DEPTH
-    }
-
-    /// Bytes of one panel, from first to last k.
-    fn panel(&self) -> usize {
-        self.k * self.width() * self.store.bytes()
-    }
-
-    /// W in the layout of this file.
-    fn pack(&self, w: impl Fn(usize, usize) -> f32) -> Vec<u8> {
-        let mut out = Vec::with_capacity(self.panels() * self.panel());
-        for first in (0..self.panels()).step_by(PANELS) {
-            for block in (0..self.k).step_by(DEPTH) {
-                for panel in first..(first + PANELS).min(self.panels()) {
-                    for k in block..(block + DEPTH).min(self.k) {
-                        for n in panel * self.width()..(panel + 1) * self.width() {
-                            let v = if n < self.n { w(k, n) } else { 0.0 };
-                            match self.store {
-                                Store::F32 => out.extend(v.to_le_bytes()),
-                                Store::F16 => out.extend(f16::from_f32(v).to_le_bytes()),
-                                Store::Bf16 => out.extend(bf16::from_f32(v).to_le_bytes()),
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        out
-    }
-}
-
 /// The kernels: rows are brought together, then multiplied.
 pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     let (m, op) = (fused.module, fused.anchor()?);
@@ -179,35 +66,25 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     let w = Tensor::from_const(&m.consts[m.const_of(m.ops[op].operand(1)?)?]).ok()?;
     let w = w.f32s().ok()?;
     let form = Form { n, k, lanes: target.lanes(), store: Store::of(w, target) };
-    let packed = form.pack(|k, n| if product.transposed { w[n * form.k + k] } else { w[k * form.n + n] });
+    let at = |k: usize, n: usize| if product.transposed { n * form.k + k } else { k * form.n + n };
+    let packed = form.pack(|k, n, out| form.store.write(w[at(k, n)], out));
 
-    let mut lowered = Lowered { temps: vec![rows.clone() * (4 * k).into()], ..Lowered::default() };
-    lowered.blobs.push(Blob { bytes: packed.into() });
+    let mut lowered = Lowered::default();
     let x = fused.buffer(m.ops[op].operand(0)?, &mut lowered.blobs)?;
-    lowered.steps.push(Step {
-        kernel: tile(target, &form),
-        buffers: vec![x.clone(), Buffer::Temp(0)],
-        dims: vec![rows.clone()],
-        units: rows.clone().div_up(TILE as u64),
-        work: (TILE * k).into(),
-    });
-
     let epilogue = Epilogue::new(fused, &domain, n, product.bias)?;
-    let results = fused.results().len();
-    let mut buffers = vec![x, Buffer::Temp(0), Buffer::Blob(0)];
-    buffers.extend((0..results).map(Buffer::Result));
+    let mut read = Vec::new();
     for &v in &epilogue.operands {
-        buffers.push(fused.buffer(v, &mut lowered.blobs)?);
+        read.push(fused.buffer(v, &mut lowered.blobs)?);
     }
-    let kernel = multiply(target, &form, results, &|b, a, spot, sum| {
-        epilogue.emit(b, a, 3 + results, spot, form.lanes, |b, values| {
-            let scaled = |b: &mut Body, v: Val, by: f32| match by {
-                1.0 => v,
-                by => {
-                    let by = b.splat(v.ty, by.into());
-                    b.mul(v, by)
-                }
-            };
+    let scaled = |b: &mut Body, v: Val, by: f32| match by {
+        1.0 => v,
+        by => {
+            let by = b.splat(v.ty, by.into());
+            b.mul(v, by)
+        }
+    };
+    let finish = |b: &mut Body, a: &Args, first: usize, spot: Spot, sum: Val| {
+        epilogue.emit(b, a, first, spot, form.lanes, |b, values| {
             let sum = scaled(b, sum, product.alpha);
             match product.bias {
                 Some(bias) => {
@@ -217,350 +94,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
                 None => sum,
             }
         })
-    });
-    // Some 32 products of a nanosecond each; more than `ROWS` rows are more units, each of which is worth a thread then.
-    let work = (rows.clone() * (k * PANELS * form.width()).into()).div_up(64);
-    let units = Size::from(form.panels().div_ceil(PANELS)) * rows.clone().div_up(ROWS as u64);
-    lowered.steps.push(Step { kernel, buffers, dims: vec![rows], units, work });
-    Some(lowered)
-}
-
-/// Brings rows together. Buffers: X `[M, K]`, tiles. Sizes: M. A unit is six rows; fewer at the end stay where they are.
-fn tile(target: &Target, form: &Form) -> Kernel {
-    Kernel::new(target, "tile_rows", |b, a| {
-        let (x, out, rows) = (a.buffer(b, 0), a.buffer(b, 1), a.dim(b, 0));
-        let tiles = b.size(TILE);
-        let tiles = b.div(rows, tiles);
-        let end = b.min(a.end, tiles);
-        b.each(a.begin, end, 1, |b, t| {
-            let stride = b.size(TILE * form.k * 4);
-            let start = b.mul(t, stride);
-            let x = b.at(x, start);
-            let block = |b: &mut Body, i: Val, depth: usize| {
-                let (zero, to) = (b.size(0), b.size(depth));
-                let out = place(b, out, i, tiles, t, depth);
-                let from = b.size(DEPTH * 4);
-                let from = b.mul(i, from);
-                let x = b.at(x, from);
-                b.each(zero, to, 1, |b, k| {
-                    let x = b.element(x, k, Scalar::F32);
-                    let six = b.size(TILE * 4);
-                    let at = b.mul(k, six);
-                    let out = b.at(out, at);
-                    for row in 0..TILE {
-                        let from = b.at_const(x, row * form.k * 4);
-                        let v = b.load(from, scalar(Scalar::F32));
-                        let to = b.at_const(out, row * 4);
-                        b.store(v, to);
-                    }
-                });
-            };
-            blocks(b, form, block);
-        });
-    })
-}
-
-/// Where tile `t` of block `i` of K begins, which is `depth` deep.
-fn place(b: &mut Body, tiles: Val, i: Val, count: Val, t: Val, depth: usize) -> Val {
-    let (whole, own) = (b.size(DEPTH * TILE * 4), b.size(depth * TILE * 4));
-    let before = b.mul(i, count);
-    let before = b.mul(before, whole);
-    let at = b.mul(t, own);
-    let at = b.add(before, at);
-    b.at(tiles, at)
-}
-
-/// `body(number of the block, its depth)` for each block of K.
-fn blocks(b: &mut Body, form: &Form, body: impl Fn(&mut Body, Val, usize)) {
-    let (zero, whole) = (b.size(0), b.size(form.blocks()));
-    if form.blocks() > 0 {
-        b.each(zero, whole, 1, |b, i| body(b, i, DEPTH));
-    }
-    if form.rest() > 0 {
-        body(b, whole, form.rest());
-    }
-}
-
-/// What is done with a vector of sums before they are written: the lanes of each result.
-type Finish<'f> = dyn Fn(&mut Body, &Args, Spot, Val) -> Vec<Val> + 'f;
-
-/// The product. Buffers: X, tiles, W, results, and what `finish` reads. Sizes: M. A unit is four panels by up to 96 rows.
-fn multiply(target: &Target, form: &Form, results: usize, finish: &Finish) -> Kernel {
-    let name = match form.store {
-        Store::F32 => "matmul_f32",
-        Store::F16 => "matmul_f16",
-        Store::Bf16 => "matmul_bf16",
     };
-    Kernel::new(target, name, |b, a| {
-        let (x, tiles, w) = (a.buffer(b, 0), a.buffer(b, 1), a.buffer(b, 2));
-        let y: Vec<Val> = (0..results).map(|i| a.buffer(b, 3 + i)).collect();
-        let rows = a.dim(b, 0);
-        let sums = b.room(ROWS * PANELS * form.width() / 2);
-        let (most, six) = (b.size(ROWS), b.size(TILE));
-        let more = b.size(ROWS - 1);
-        let row_blocks = b.add(rows, more);
-        let row_blocks = b.div(row_blocks, most);
-        let tile_count = b.div(rows, six);
-        let tiled = b.mul(tile_count, six);
-        b.each(a.begin, a.end, 1, |b, unit| {
-            let (columns, first) = (b.div(unit, row_blocks), b.rem(unit, row_blocks));
-            let first = b.mul(first, most);
-            let end = b.add(first, most);
-            let end = b.min(end, rows);
-            let four = b.size(PANELS);
-            let panel = b.mul(columns, four);
-            let count = b.size(form.panels());
-            let count = b.sub(count, panel);
-            let count = b.min(count, four);
-            let size = b.size(form.panel());
-            let start = b.mul(panel, size);
-            let w = b.at(w, start);
-            let unit = Unit { form, x, tiles, tile_count, tiled, w, sums, first, end, panel, count };
-            unit.clear(b);
-            blocks(b, form, |b, i, depth| unit.block(b, i, depth));
-            unit.finish(b, a, &y, finish);
-        });
-    })
-}
-
-/// Four panels by up to 96 rows.
-struct Unit<'f> {
-    form: &'f Form,
-    x: Val,
-    tiles: Val,
-    /// Tiles there are, and rows in them.
-    tile_count: Val,
-    tiled: Val,
-    /// The first of the panels.
-    w: Val,
-    /// `[row - first][panel][lane]`
-    sums: Val,
-    /// Rows.
-    first: Val,
-    end: Val,
-    /// The number of the first panel, and how many there are.
-    panel: Val,
-    count: Val,
-}
-
-impl Unit<'_> {
-    fn part(&self) -> crate::text::Ty {
-        vector(self.form.lanes, Scalar::F32)
-    }
-
-    /// Where the sums of `row` by panel `p` of the unit are.
-    fn sums(&self, b: &mut Body, row: Val, p: Val) -> Val {
-        let row = b.sub(row, self.first);
-        let four = b.size(PANELS);
-        let at = b.mul(row, four);
-        let at = b.add(at, p);
-        let width = b.size(self.form.width() * 4);
-        let at = b.mul(at, width);
-        b.at(self.sums, at)
-    }
-
-    fn clear(&self, b: &mut Body) {
-        let none = b.splat(self.part(), 0.0);
-        b.each(self.first, self.end, 1, |b, row| {
-            let zero = b.size(0);
-            let at = self.sums(b, row, zero);
-            for i in 0..PANELS * WIDE {
-                let at = b.at_const(at, i * self.form.lanes * 4);
-                b.store(none, at);
-            }
-        });
-    }
-
-    /// Block `i` of K, `depth` deep.
-    fn block(&self, b: &mut Body, i: Val, depth: usize) {
-        let form = self.form;
-        let deep = b.size(DEPTH * form.width() * form.store.bytes());
-        let start = b.mul(i, deep);
-        let start = b.mul(start, self.count);
-        let w = b.at(self.w, start);
-        let offset = b.size(DEPTH * 4);
-        let offset = b.mul(i, offset);
-        let x = b.at(self.x, offset);
-        let zero = b.size(0);
-        b.each(zero, self.count, 1, |b, p| {
-            let own = b.size(depth * form.width() * form.store.bytes());
-            let start = b.mul(p, own);
-            let w = b.at(w, start);
-            let end = b.min(self.tiled, self.end);
-            b.each(self.first, end, TILE, |b, row| {
-                let six = b.size(TILE);
-                let t = b.div(row, six);
-                let x = place(b, self.tiles, i, self.tile_count, t, depth);
-                self.rows(b, &Rows::Tile(x), w, row, p, depth);
-            });
-            // What is in no tile: the last rows of all.
-            let from = b.max(self.tiled, self.first);
-            let two = b.size(2);
-            let left = b.sub(self.end, from);
-            let pairs = b.div(left, two);
-            let pairs = b.mul(pairs, two);
-            let middle = b.add(from, pairs);
-            let rows = |b: &mut Body, row: Val, count: usize| {
-                let stride = b.size(form.k * 4);
-                let at = b.mul(row, stride);
-                let x = b.at(x, at);
-                let rows = (0..count).map(|r| b.at_const(x, r * form.k * 4)).collect();
-                self.rows(b, &Rows::Apart(rows), w, row, p, depth);
-            };
-            b.each(from, middle, 2, |b, row| rows(b, row, 2));
-            b.each(middle, self.end, 1, |b, row| rows(b, row, 1));
-        });
-    }
-
-    /// A block of a panel by some rows, added to their sums.
-    fn rows(&self, b: &mut Body, x: &Rows, w: Val, row: Val, p: Val, depth: usize) {
-        let (form, count) = (self.form, x.count());
-        // A sum waits for the one before it: few rows take turns with several.
-        let chains = (4 / count).max(1);
-        let turn = 4;
-        let zero = b.splat(self.part(), 0.0);
-        let at = self.sums(b, row, p);
-        let place = |b: &mut Body, r: usize, part: usize| {
-            b.at_const(at, (r * PANELS * form.width() + part * form.lanes) * 4)
-        };
-        let mut start = Vec::new();
-        for r in 0..count {
-            for part in 0..WIDE {
-                let at = place(b, r, part);
-                start.push(b.load(at, self.part()));
-            }
-        }
-        start.extend(std::iter::repeat_n(zero, (chains - 1) * count * WIDE));
-        let whole = depth / turn * turn;
-        let (from, to, end) = (b.size(0), b.size(whole), b.size(depth));
-        let step = |b: &mut Body, k: Val, i: usize, sums: &mut [Val]| {
-            let bytes = form.width() * form.store.bytes();
-            let line = b.size(bytes);
-            let offset = b.mul(k, line);
-            let w = b.at(w, offset);
-            let w = b.at_const(w, i * bytes);
-            if matches!(x, Rows::Apart(_)) && (i * bytes) % 64 < bytes {
-                b.prefetch(w, AHEAD);
-            }
-            let w: Vec<Val> = (0..WIDE).map(|part| self.weights(b, w, part)).collect();
-            let sums = &mut sums[i % chains * count * WIDE..][..count * WIDE];
-            for r in 0..count {
-                let one = x.element(b, k, i, r);
-                let one = b.broadcast(one, form.lanes);
-                for (part, &w) in w.iter().enumerate() {
-                    let sum = &mut sums[r * WIDE + part];
-                    *sum = b.fma(w, one, *sum);
-                }
-            }
-        };
-        let sums = b.repeat(from, to, turn, &start, |b, k, sums| {
-            let mut sums = sums.to_vec();
-            (0..turn).for_each(|i| step(b, k, i, &mut sums));
-            sums
-        });
-        let sums = match whole == depth {
-            true => sums,
-            false => b.repeat(to, end, 1, &sums, |b, k, sums| {
-                let mut sums = sums.to_vec();
-                step(b, k, 0, &mut sums);
-                sums
-            }),
-        };
-        for r in 0..count {
-            for part in 0..WIDE {
-                let own = sums.iter().copied().skip(r * WIDE + part).step_by(count * WIDE);
-                let own: Vec<Val> = own.collect();
-                let sum = own.into_iter().reduce(|s, t| b.add(s, t)).expect("a chain at least");
-                let at = place(b, r, part);
-                b.store(sum, at);
-            }
-        }
-    }
-
-    /// A vector of weights as floats.
-    fn weights(&self, b: &mut Body, w: Val, part: usize) -> Val {
-        let store = self.form.store;
-        let at = b.at_const(w, part * self.form.lanes * store.bytes());
-        let v = b.load(at, self.part().of(store.elem()));
-        match store {
-            Store::F32 => v,
-            Store::F16 => b.cast(v, Scalar::F32),
-            Store::Bf16 => {
-                let v = b.widen_unsigned(v, Scalar::I32);
-                let v = b.shl(v, 16);
-                b.bitcast(v, self.part())
-            }
-        }
-    }
-
-    /// Finishes and writes all sums.
-    fn finish(&self, b: &mut Body, a: &Args, y: &[Val], finish: &Finish) {
-        let form = self.form;
-        let zero = b.size(0);
-        b.each(self.first, self.end, 1, |b, row| {
-            b.each(zero, self.count, 1, |b, p| {
-                let sums = self.sums(b, row, p);
-                let panel = b.add(self.panel, p);
-                let width = b.size(form.width());
-                let first = b.mul(panel, width);
-                let write = |b: &mut Body, there: usize| {
-                    for part in 0..WIDE {
-                        let n = b.size(part * form.lanes);
-                        let n = b.add(first, n);
-                        let there = there.saturating_sub(part * form.lanes).min(form.lanes);
-                        let at = b.at_const(sums, part * form.lanes * 4);
-                        let sum = b.load(at, self.part());
-                        let size = b.size(form.n);
-                        let at = b.mul(row, size);
-                        let at = b.add(at, n);
-                        for (&y, v) in y.iter().zip(finish(b, a, Spot { row, n, there }, sum)) {
-                            let y = elementwise::element(b, y, at, v.ty.elem);
-                            pointwise::store_some(b, v, y, there);
-                        }
-                    }
-                };
-                let tail = form.n % form.width();
-                if tail == 0 {
-                    return write(b, form.width());
-                }
-                let last = b.size(form.n - tail);
-                let whole = b.cmp(Cmp::Lt, first, last);
-                b.when_else(whole, |b| write(b, form.width()), |b| write(b, tail));
-            });
-        });
-    }
-}
-
-/// Rows of a block of X.
-enum Rows {
-    /// Six together.
-    Tile(Val),
-    /// Each by itself.
-    Apart(Vec<Val>),
-}
-
-impl Rows {
-    fn count(&self) -> usize {
-        match self {
-            Rows::Tile(_) => TILE,
-            Rows::Apart(rows) => rows.len(),
-        }
-    }
-
-    /// Element `k + i` of row `r`.
-    fn element(&self, b: &mut Body, k: Val, i: usize, r: usize) -> Val {
-        let at = match self {
-            Rows::Tile(x) => {
-                let six = b.size(TILE * 4);
-                let at = b.mul(k, six);
-                let at = b.at(*x, at);
-                b.at_const(at, (i * TILE + r) * 4)
-            }
-            Rows::Apart(rows) => {
-                let at = b.element(rows[r], k, Scalar::F32);
-                b.at_const(at, i * 4)
-            }
-        };
-        b.load(at, scalar(Scalar::F32))
-    }
+    panel::product(&mut lowered, target, &form, x, packed, &rows, (fused.results().len(), read), &finish);
+    Some(lowered)
 }

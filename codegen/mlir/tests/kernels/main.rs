@@ -5,6 +5,7 @@ mod attention;
 mod dense;
 mod gather;
 mod harness;
+mod integer;
 mod models;
 mod movement;
 mod packed;

@@ -1,0 +1,148 @@
+//! Codes of 8 bits: made, read, and multiplied, against the interpreter.
+
+use crate::models::{Here, check, check_on, model};
+use codegen::Native;
+use dialects::ir::{Elem, Module, OpBuilder, Type, Value, infer};
+use dialects::ops::{Item, Ops};
+use dialects::tensor::{Data, Tensor};
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::sync::Arc;
+
+fn codes(elem: Elem, shape: &[usize], rng: &mut impl Rng) -> Tensor {
+    let n = shape.iter().product();
+    let data: Data = match elem {
+        Elem::I8 => Data::I8((0..n).map(|_| rng.random()).collect()),
+        _ => Data::U8((0..n).map(|_| rng.random()).collect()),
+    };
+    Tensor::new(shape, data).unwrap()
+}
+
+fn push(m: &mut Module, name: &str, operands: &[Value]) -> Value {
+    let operands = operands.iter().copied().map(Some);
+    let op = m.push(m.top, OpBuilder::new(name, &"node".into()).operands(operands).result(Type::Unknown));
+    m.ops[op].results[0].unwrap()
+}
+
+#[test]
+fn codes_are_made_and_read() {
+    let m = model(
+        "module ir_version=10 opsets {com.microsoft=1, onnx=21}
+graph @main(%x : tensor<b x 3 x s x 9xf32>, %s : tensor<f32>) {
+  const %scale : tensor<f32> 0.013
+  const %zero : tensor<u8> 131
+  const %three : tensor<3xf32> [0.02, 0.3, 0.001]
+  const %zeros : tensor<3xi8> [-5, 0, 100]
+  const %nine : tensor<9xf32> [0.02, 0.3, 0.001, 0.01, 0.5, 2.0, 0.1, 0.2, 0.3]
+  const %points : tensor<9xu8> [1, 20, 128, 255, 0, 7, 8, 9, 10]
+  %a = onnx.QuantizeLinear(%x, %scale, %zero)
+  %b = onnx.DequantizeLinear(%a, %scale, %zero)
+  %c = onnx.QuantizeLinear(%x, %three, %zeros) {axis=1}
+  %d = onnx.DequantizeLinear(%c, %three, %zeros) {axis=1}
+  %e = com.microsoft.QuantizeLinear(%x, %nine, %points) {axis=-1}
+  %f = com.microsoft.DequantizeLinear(%e, %nine, %points) {axis=-1}
+  %g = onnx.QuantizeLinear(%x, %s)
+  %h = onnx.DequantizeLinear(%g, %scale)
+  return %a, %b, %c, %d, %e, %f, %g, %h
+}
+",
+    );
+    let dims: &[&[(&str, usize)]] =
+        &[&[("b", 1), ("s", 1)], &[("b", 2), ("s", 5)], &[("b", 1), ("s", 0)], &[("b", 1), ("s", 67)]];
+    check(&m, dims, 8, 0.0);
+}
+
+#[test]
+fn the_range_of_a_tensor_becomes_its_scale() {
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<s x f32>) {
+  %a, %s, %z = onnx.DynamicQuantizeLinear(%x)
+  %t = onnx.Sqrt(%s)
+  return %a, %s, %z, %t
+}
+",
+    );
+    let input = m.regions[m.top].args[0];
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let mut random =
+        |n: usize, low: f32, high: f32| (0..n).map(|_| rng.random_range(low..high)).collect::<Vec<f32>>();
+    let runs = [
+        random(1, 0.5, 1.0),
+        random(0, 0.0, 1.0),
+        vec![0.0; 7],
+        random(19, -3.0, -1.0),
+        random(5000, -1.0, 7.0),
+        random(9001, -100.0, 0.01),
+        [random(30, -1.0, 1.0), vec![f32::NAN, 2.0]].concat(),
+    ];
+    let runs = runs.map(|x| vec![(input, Item::from(Tensor::new(&[x.len()], x).unwrap()))]);
+    check_on(&m, &runs, &|_| Some(9001), 2, 0.0);
+}
+
+#[test]
+fn products_of_codes_and_what_comes_after_them() {
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    for (k, n, x, w, zero) in [
+        (7, 5, Elem::U8, Elem::I8, None),
+        (64, 33, Elem::U8, Elem::U8, Some(1)),
+        (601, 16, Elem::I8, Elem::I8, Some(16)),
+        (1, 70, Elem::U8, Elem::I8, Some(1)),
+        (512, 65, Elem::I8, Elem::U8, Some(65)),
+    ] {
+        let mut m = model(&format!(
+            "module ir_version=10 opsets {{onnx=21}}
+graph @main(%x : tensor<b x s x {k}x{0}>, %z : tensor<{0}>, %scale : tensor<f32>) {{
+  return %x
+}}
+",
+            x.name()
+        ));
+        let args = m.regions[m.top].args.clone();
+        let table = m.add_const(m.top, "", codes(w, &[k, n], &mut rng).to_const());
+        let mut operands = vec![args[0], table, args[1]];
+        if let Some(count) = zero {
+            let shape: &[usize] = if count == 1 { &[] } else { &[count] };
+            operands.push(m.add_const(m.top, "", codes(w, shape, &mut rng).to_const()));
+        }
+        let bias = Tensor::new(&[n], (0..n).map(|i| i as f32).collect::<Vec<_>>()).unwrap();
+        let bias = m.add_const(m.top, "", bias.to_const());
+        let sum = push(&mut m, "onnx.MatMulInteger", &operands);
+        let bare = push(&mut m, "onnx.MatMulInteger", &operands[..2]);
+        let to = dialects::ir::Attr::Int(1);
+        let b = OpBuilder::new("onnx.Cast", &"node".into()).operands([Some(sum)]).attr("to", to);
+        let float = m.push(m.top, b.result(Type::Unknown));
+        let float = m.ops[float].results[0].unwrap();
+        let scaled = push(&mut m, "onnx.Mul", &[float, args[2]]);
+        let y = push(&mut m, "onnx.Add", &[scaled, bias]);
+        m.regions[m.top].results = vec![y, bare];
+        assert!(infer::infer(&mut m, &Ops::standard()).is_empty());
+        let mut run = |b: usize, s: usize| {
+            let given = [codes(x, &[b, s, k], &mut rng), codes(x, &[], &mut rng), Tensor::scalar(0.01f32)];
+            args.iter().copied().zip(given.map(Item::from)).collect::<Vec<_>>()
+        };
+        let runs = [run(1, 1), run(2, 7), run(1, 0), run(1, 100)];
+        check_on(&m, &runs, &|_| Some(100), 5, 0.0);
+    }
+}
+
+#[test]
+fn codes_that_no_kernel_reads() {
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<s x 4xf32>, %c : tensor<s x 4xu8>, %d : tensor<4 x 4xi8>, %z : tensor<s x u8>) {
+  const %scale : tensor<f32> 0.1
+  const %zero : tensor<i16> 3
+  const %w : tensor<4x2xi8> [1, 2, 3, 4, 5, 6, 7, 8]
+  %a = onnx.QuantizeLinear(%x, %scale, %zero)
+  %e = onnx.MatMulInteger(%c, %d)
+  %f = onnx.MatMulInteger(%c, %w, %z)
+  return %a, %e, %f
+}
+",
+    );
+    let native = Native::new(Ops::standard(), Arc::new(Here));
+    let keep = m.regions[m.top].results.clone();
+    let (_, _, summary) = native.compile(&m, &[], &keep).unwrap();
+    assert_eq!(summary.compiled, 0, "{summary}");
+}
