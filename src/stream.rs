@@ -173,10 +173,8 @@ mod tests {
             ..Options::default()
         };
         let calibration = Calibration::open(&options, &m, registry.ops(), &term).unwrap();
-        let env = DriverEnv {
-            calibration: Some(calibration),
-            ..DriverEnv::without_data(registry.ops(), term)
-        };
+        let env =
+            DriverEnv { calibration: Some(calibration), ..DriverEnv::without_data(registry.ops(), term) };
         (m, env)
     }
 
