@@ -6,8 +6,10 @@
 
 pub mod attention;
 pub mod attention_tiles;
+mod attention_weights;
 pub mod elementwise;
 pub mod heads;
+mod lanes;
 pub mod math;
 pub mod matmul_nbits;
 pub mod norm;

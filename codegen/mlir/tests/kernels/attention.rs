@@ -1,7 +1,8 @@
 //! Attention, against the interpreter.
 
 use crate::models::{Here, check, check_given, check_left, inputs, model};
-use codegen::Native;
+use codegen::plan::plan;
+use codegen::{Form, Native, Request, Target};
 use dialects::exec::run_once;
 use dialects::ir::{Module, Value};
 use dialects::ops::{Item, Ops};
@@ -184,6 +185,26 @@ fn results_do_not_depend_on_threads() {
         items[0].tensor().unwrap().f32s().unwrap().iter().map(|v| v.to_bits()).collect()
     };
     assert_eq!(bits(run(1)), bits(run(3)));
+}
+
+#[test]
+fn every_target_takes_what_is_emitted_for_it() {
+    let m = module(
+        "(%q : tensor<b x 2 x s x 20 xf32>, %p : tensor<b x s xi64>, %m : tensor<s x s xbool>) {
+  const %c : tensor<2 x 3 xf32> [1.0, 0.5, 0.25, 0.75, 0.125, 0.0]
+  %r = com.microsoft.RotaryEmbedding(%q, %p, %c, %c) {interleaved=1}
+  %y = onnx.Attention(%r, %q, %q, %m)
+  %z = onnx.LogSoftmax(%y)
+  return %z
+}
+",
+    );
+    for name in ["x86-64", "x86-64-v3", "x86-64-v4", "aarch64"] {
+        let target = Target::parse(name).unwrap();
+        let plan = plan(&m, &Ops::standard(), &target, &|_| Some(4)).unwrap();
+        let mlir = codegen::kernels::module(&plan.kernels);
+        codegen_mlir::compile(&Request { mlir, target, form: Form::Asm }).unwrap();
+    }
 }
 
 #[test]
