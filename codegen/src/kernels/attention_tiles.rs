@@ -157,6 +157,7 @@ impl Way {
         let rest = b.add(rest, more);
         let rest = b.div(rest, small);
         let rest = b.mul(rest, small);
+        let rest = b.min(rest, large);
         b.add(whole, rest)
     }
 }
@@ -187,9 +188,11 @@ pub(super) struct Tiles {
     pub(super) k: Val,
     /// The values of a tile.
     pub(super) v: Val,
-    /// The largest score of each row, the factor by which the sums of a row shrink in this tile, and the sum of its weights in
-    /// lanes.
+    /// The largest score of each row in this tile, and in all; what weights are the exponentials beside; the factor by which
+    /// sums shrink in this tile; the sum of weights in lanes.
+    pub(super) now: Val,
     pub(super) top: Val,
+    pub(super) beside: Val,
     pub(super) shrink: Val,
     pub(super) total: Val,
     /// How many keys each row sees, and where its mask starts.
@@ -204,6 +207,7 @@ impl Tiles {
         let up = |n: usize| n.next_multiple_of(lanes);
         let mut floats = |n: usize| b.room(n.div_ceil(2));
         let keys = Way::Copied.keys();
+        let numbers = Self::numbers(lanes);
         Tiles {
             lanes,
             sums: if many { 24 } else { 12 },
@@ -212,13 +216,20 @@ impl Tiles {
             scores: floats((keys * PART).max(Way::InPlace.keys() * FEW)),
             k: floats(keys * form.size),
             v: floats(keys * up(form.value_size)),
-            top: floats(ROWS),
-            shrink: floats(ROWS),
+            top: floats(numbers),
+            now: floats(numbers),
+            beside: floats(numbers),
+            shrink: floats(numbers),
             total: floats(ROWS * lanes),
             sees: floats(2 * ROWS),
             mask: floats(2 * ROWS),
             form,
         }
+    }
+
+    /// Room for a number to each row, with a vector behind the last.
+    fn numbers(lanes: usize) -> usize {
+        (ROWS + lanes).next_multiple_of(lanes)
     }
 
     pub(super) fn floats(&self) -> Ty {
@@ -270,7 +281,13 @@ impl Tiles {
         let masks = self.form.mask.map(|_| Strides::of(b, a, STRIDES + 12));
         let (zero, one) = (b.size(0), b.size(1));
         let nothing = b.splat(self.floats(), 0.0);
-        let least = b.splat(scalar(Scalar::F32), f64::NEG_INFINITY);
+        let least = b.splat(self.floats(), f64::NEG_INFINITY);
+        for tops in [self.top, self.now] {
+            parts(b, 0, Self::numbers(self.lanes), self.lanes, |b, i, _| {
+                let at = b.element(tops, i, Scalar::F32);
+                b.store(least, at);
+            });
+        }
         let scale = b.splat(self.floats(), f64::from(self.form.scale));
         let [width, value_width] = self.widths();
         b.each(zero, rows, 1, |b, r| {
@@ -288,8 +305,6 @@ impl Tiles {
                 let to = b.element(to, i, Scalar::F32);
                 b.store(nothing, to);
             });
-            let at = b.element(self.top, r, Scalar::F32);
-            b.store(least, at);
             let at = self.row(b, self.total, r, self.lanes);
             b.store(nothing, at);
             let sees = match self.form.causal {
@@ -357,7 +372,7 @@ impl Tiles {
                     Way::InPlace => self.scores_in_place(b, &part, there, &keys),
                     Way::Copied => self.scores_of_copies(b, &part, there),
                 }
-                b.each(part.from, part.to, 1, |b, r| self.weigh(b, a, &part, r, from, there, way));
+                self.weigh(b, a, &part, from, there, way);
                 self.blocks(b, &part, way, |b, r, rows| {
                     self.values(b, &part, (r, rows), (v, v_step), there, way);
                 });

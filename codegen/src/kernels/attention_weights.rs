@@ -7,63 +7,81 @@ use super::{Args, elementwise, math, pointwise};
 use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar};
 
 impl Tiles {
-    /// Turns the scores of row `r` with `count` keys from `from` on into weights.
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn weigh(&self, b: &mut Body, a: &Args, part: &Part, r: Val, from: Val, count: Val, way: Way) {
-        let zero = b.size(0);
-        let row = self.scores(b, part, r, way);
-        let number = scalar(Scalar::F32);
-        if let Some(cap) = self.form.softcap {
-            b.each(zero, count, self.lanes, |b, i| {
+    /// Turns the scores of rows with `count` keys from `from` on into weights. What is one number to a row is done for as many
+    /// rows at a time as there are lanes: row by row it would be a chain of waiting.
+    pub(super) fn weigh(&self, b: &mut Body, a: &Args, part: &Part, from: Val, count: Val, way: Way) {
+        let (zero, floats) = (b.size(0), self.floats());
+        let least = b.splat(floats, f64::NEG_INFINITY);
+        b.each(part.from, part.to, 1, |b, r| {
+            let row = self.scores(b, part, r, way);
+            if let Some(cap) = self.form.softcap {
+                self.cap(b, row, count, cap);
+            }
+            if let Some(mask) = self.form.mask {
+                self.add_mask(b, a, mask, row, r, from, count);
+            }
+            self.hide(b, row, r, from, count);
+            let top = b.repeat(zero, count, self.lanes, &[least], |b, i, top| {
                 let at = b.element(row, i, Scalar::F32);
-                let s = b.load(at, self.floats());
-                let cap = b.splat(s.ty, f64::from(cap));
-                let s = b.div(s, cap);
-                let s = math::tanh(b, s);
-                let s = b.mul(s, cap);
-                b.store(s, at);
+                let s = b.load(at, floats);
+                // A NaN is passed over, and makes the sum NaN.
+                vec![b.max_finite(s, top[0])]
             });
-        }
-        if let Some(mask) = self.form.mask {
-            self.add_mask(b, a, mask, row, r, from, count);
-        }
-        self.hide(b, row, r, from, count);
+            let top = b.fold(top[0], Body::max_finite);
+            let at = b.element(self.now, r, Scalar::F32);
+            b.store(top, at);
+        });
+        // Lanes behind the last row belong to rows of the next part, which have no scores yet: nothing becomes of them.
+        b.each(part.from, part.to, self.lanes, |b, r| {
+            let [now, top, beside, shrink] =
+                [self.now, self.top, self.beside, self.shrink].map(|p| b.element(p, r, Scalar::F32));
+            let (new, old) = (b.load(now, floats), b.load(top, floats));
+            b.store(least, now);
+            let new = b.max_finite(new, old);
+            b.store(new, top);
+            // Where all is masked so far there is nothing to compare with: weights are 0 beside any number.
+            let nothing = b.cmp(Cmp::Eq, new, least);
+            let none = b.splat(floats, 0.0);
+            let new = b.select(nothing, none, new);
+            b.store(new, beside);
+            let less = b.sub(old, new);
+            let less = math::exp_below(b, less);
+            b.store(less, shrink);
+        });
+        b.each(part.from, part.to, 1, |b, r| {
+            let row = self.scores(b, part, r, way);
+            let [beside, shrink] = [self.beside, self.shrink].map(|p| {
+                let at = b.element(p, r, Scalar::F32);
+                let one = b.load(at, scalar(Scalar::F32));
+                b.broadcast(one, self.lanes)
+            });
+            let total_at = self.row(b, self.total, r, self.lanes);
+            let total = b.load(total_at, floats);
+            let total = b.mul(total, shrink);
+            let total = b.repeat(zero, count, self.lanes, &[total], |b, i, total| {
+                let at = b.element(row, i, Scalar::F32);
+                let s = b.load(at, floats);
+                let s = b.sub(s, beside);
+                let w = math::exp_below(b, s);
+                b.store(w, at);
+                vec![b.add(total[0], w)]
+            });
+            b.store(total[0], total_at);
+        });
+    }
 
-        let least = b.splat(self.floats(), f64::NEG_INFINITY);
-        let top = b.repeat(zero, count, self.lanes, &[least], |b, i, top| {
+    /// Bounds the scores of a row.
+    fn cap(&self, b: &mut Body, row: Val, count: Val, cap: f32) {
+        let zero = b.size(0);
+        b.each(zero, count, self.lanes, |b, i| {
             let at = b.element(row, i, Scalar::F32);
             let s = b.load(at, self.floats());
-            // A NaN is passed over, and makes the sum NaN.
-            vec![b.max_finite(s, top[0])]
+            let cap = b.splat(s.ty, f64::from(cap));
+            let s = b.div(s, cap);
+            let s = math::tanh(b, s);
+            let s = b.mul(s, cap);
+            b.store(s, at);
         });
-        let top = b.fold(top[0], Body::max_finite);
-        let top_at = b.element(self.top, r, Scalar::F32);
-        let old = b.load(top_at, number);
-        let top = b.max_finite(top, old);
-        b.store(top, top_at);
-        // Where all is masked so far there is nothing to compare with: weights are 0 beside any number.
-        let least = b.splat(number, f64::NEG_INFINITY);
-        let nothing = b.cmp(Cmp::Eq, top, least);
-        let none = b.splat(number, 0.0);
-        let top = b.select(nothing, none, top);
-        let shrink = b.sub(old, top);
-        let shrink = math::exp_below(b, shrink);
-        let at = b.element(self.shrink, r, Scalar::F32);
-        b.store(shrink, at);
-
-        let total_at = self.row(b, self.total, r, self.lanes);
-        let total = b.load(total_at, self.floats());
-        let (shrink, top) = (b.broadcast(shrink, self.lanes), b.broadcast(top, self.lanes));
-        let total = b.mul(total, shrink);
-        let total = b.repeat(zero, count, self.lanes, &[total], |b, i, total| {
-            let at = b.element(row, i, Scalar::F32);
-            let s = b.load(at, self.floats());
-            let s = b.sub(s, top);
-            let w = math::exp_below(b, s);
-            b.store(w, at);
-            vec![b.add(total[0], w)]
-        });
-        b.store(total[0], total_at);
     }
 
     /// Adds row `r` of the mask to its scores.
