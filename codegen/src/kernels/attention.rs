@@ -44,7 +44,7 @@ const ATTENTION: Places = Places {
 };
 
 /// Elements of a head beyond which tiles would take too much of the stack.
-const LARGEST: usize = 512;
+const LARGEST: usize = 256;
 
 /// An op, taken apart.
 struct Problem {
