@@ -2,7 +2,8 @@
 
 use crate::driver::{self, ID};
 use crate::plan::{Plan, Port};
-use crate::{CompileError, Compiler, Form, Request, Size, Target, build, link};
+use crate::size::{Atom, Size};
+use crate::{CompileError, Compiler, Form, Request, Target, build, link};
 use dialects::ir::Elem;
 use object::write::{Object, Symbol, SymbolSection};
 use object::{Architecture, BinaryFormat, Endianness, SymbolFlags, SymbolKind, SymbolScope};
@@ -47,9 +48,14 @@ fn elem(elem: Elem) -> runtime::Elem {
 }
 
 fn port(p: &Port) -> runtime::Port {
-    let dim = |s: &Size| match s {
-        Size::Dim(name) => runtime::Dim::Named(name.clone()),
-        other => runtime::Dim::Known(other.known().expect("a dim is a number or a name")),
+    let name = |a: &Atom| match a {
+        Atom::Dim(name) => name.clone(),
+        _ => unreachable!("the dims of a type are sums of products of names"),
+    };
+    let dim = |s: &Size| match (s.known(), s.name()) {
+        (Some(n), _) => runtime::Dim::Known(n),
+        (_, Some(name)) => runtime::Dim::Named(name.to_owned()),
+        _ => runtime::Dim::Sum(s.terms().iter().map(|(a, n)| (*n, a.iter().map(name).collect())).collect()),
     };
     runtime::Port { name: p.name.clone(), elem: elem(p.elem), shape: p.shape.iter().map(dim).collect() }
 }

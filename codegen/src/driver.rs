@@ -9,8 +9,8 @@
 //! nothing is written then. Or -2 where an index in the inputs is out of range, -3 where a length in them is not the one that
 //! the model declares ([`runtime::Fault`]): nothing outside of any buffer was touched, but the outputs are worthless. `parallel` may be null: all units of a kernel are then done by the caller's thread.
 
-use crate::Size;
 use crate::plan::{Place, Plan};
+use crate::size::{Atom, Size};
 use crate::target::Target;
 use crate::text::{Body, Cmp, Scalar, Val, scalar};
 use std::collections::HashMap;
@@ -121,22 +121,24 @@ fn run(b: &mut Body, plan: &Plan, id: &[u8; ID], p: &[Val]) -> Val {
 
 /// The value of a size.
 fn emit(b: &mut Body, size: &Size, dims: &HashMap<&str, Val>) -> Val {
-    match size {
-        Size::Known(n) => b.int(Scalar::I64, *n as i64),
-        Size::Dim(name) => dims[name.as_str()],
-        Size::Add(x, y) => {
-            let (x, y) = (emit(b, x, dims), emit(b, y, dims));
-            b.add(x, y)
+    let mut sum = None;
+    for (atoms, factor) in size.terms() {
+        let mut product = (factor != 1 || atoms.is_empty()).then(|| b.int(Scalar::I64, factor));
+        for a in &atoms {
+            let value = match a {
+                Atom::Dim(name) => dims[name.as_str()],
+                Atom::DivUp(size, by) => {
+                    let x = emit(b, size, dims);
+                    let (more, by) = (b.int(Scalar::I64, *by as i64 - 1), b.int(Scalar::I64, *by as i64));
+                    let x = b.add(x, more);
+                    b.div(x, by)
+                }
+                Atom::Lost => unreachable!("sizes were computed at their bounds when the model was planned"),
+            };
+            product = Some(product.map_or(value, |p| b.mul(p, value)));
         }
-        Size::Mul(x, y) => {
-            let (x, y) = (emit(b, x, dims), emit(b, y, dims));
-            b.mul(x, y)
-        }
-        Size::DivUp(x, by) => {
-            let x = emit(b, x, dims);
-            let (more, by) = (b.int(Scalar::I64, *by as i64 - 1), b.int(Scalar::I64, *by as i64));
-            let x = b.add(x, more);
-            b.div(x, by)
-        }
+        let product = product.expect("a product has a factor or an atom");
+        sum = Some(sum.map_or(product, |s| b.add(s, product)));
     }
+    sum.unwrap_or_else(|| b.size(0))
 }

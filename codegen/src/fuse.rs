@@ -6,14 +6,28 @@
 //! it makes of the module.
 
 use crate::kernels::{Blob, Buffer, elementwise, pointwise};
+use crate::layout;
 use crate::lower::{self, Anchor};
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::Scalar;
-use dialects::ir::{Attr, Module, Op, OpBuilder, Region, Use, Value, ValueDef, graph};
+use dialects::ir::{Attr, Module, Op, OpBuilder, Region, Type, Use, Value, ValueDef, graph, infer};
 use dialects::kernel::FUSED;
+use dialects::ops::Ops;
 use dialects::tensor::Tensor;
 use std::collections::{BTreeSet, HashMap, HashSet};
+
+/// Infers the types of `m`. What the file declares of values on the way is left out: kernels rely on sizes.
+pub fn infer(m: &mut Module, ops: &Ops) {
+    for op in m.regions[m.top].ops.clone() {
+        for v in m.ops[op].results.clone().into_iter().flatten() {
+            if m.const_of(v).is_none() {
+                m.values[v].ty = Type::Unknown;
+            }
+        }
+    }
+    infer::infer(m, ops);
+}
 
 /// Sets of groups, by number.
 #[derive(Clone, Default)]
@@ -42,6 +56,8 @@ impl Bits {
 /// Ops that become one kernel, or one op that does not.
 struct Group {
     ops: Vec<Op>,
+    /// Views that it sees its operands through, in order. They stay for others too.
+    views: Vec<Op>,
     /// The shape of its loop; `None` for a group that nothing may join.
     domain: Option<Vec<Size>>,
     /// What the kernel is made around, if not elementwise ops alone.
@@ -91,7 +107,17 @@ fn start(m: &Module, target: &Target, op: Op) -> Group {
     let anchor = lower::anchor(m, op).filter(|_| domain.is_some());
     let simple = anchor.is_none() && domain.is_some() && fits(m, target, op, domain.as_deref(), None);
     let fused = simple || anchor.is_some();
-    Group { ops: Vec::new(), domain: domain.filter(|_| fused), anchor, fused, needs: Bits::default() }
+    let domain = domain.filter(|_| fused);
+    let views = anchor.map_or(Vec::new(), |a| views(m, op, &a));
+    Group { ops: Vec::new(), views, domain, anchor, fused, needs: Bits::default() }
+}
+
+/// The views that an anchor sees its operands through.
+fn views(m: &Module, op: Op, anchor: &Anchor) -> Vec<Op> {
+    let operands = m.ops[op].operands.iter().enumerate();
+    let seen = operands.filter(|(i, _)| anchor.sees(*i)).filter_map(|(_, v)| layout::view(m, (*v)?));
+    let ops: HashSet<Op> = seen.flat_map(|view| view.ops).collect();
+    m.regions[m.top].ops.iter().copied().filter(|op| ops.contains(op)).collect()
 }
 
 /// Whether `op` is an elementwise op over `domain` that a kernel around `anchor` can take.
@@ -117,6 +143,9 @@ fn fits(m: &Module, target: &Target, op: Op, domain: Option<&[Size]>, anchor: Op
 
 /// The group of an operand that `op` joins.
 fn join(m: &Module, target: &Target, op: Op, groups: &[Group], needed: &BTreeSet<usize>) -> Option<usize> {
+    if lower::anchor(m, op).is_some() {
+        return None;
+    }
     needed.iter().rev().copied().find(|&at| {
         let g = &groups[at];
         let back = needed.iter().any(|&n| n != at && groups[n].needs.has(at));
@@ -154,20 +183,40 @@ fn rewrite(m: &mut Module, groups: Vec<Group>, keep: &HashSet<Value>) {
     for i in order {
         let g = &groups[i];
         match g.fused {
-            true => outline(m, &g.ops, &outside),
+            true => outline(m, g, &outside),
             false => m.regions[top].ops.extend(&g.ops),
         }
     }
+    drop_dead(m, keep);
 }
 
-/// Moves `ops` into the body of a `kernel.fused` at the end of the top region.
-fn outline(m: &mut Module, ops: &[Op], outside: &HashSet<Value>) {
+/// Drops ops of the top region that nothing needs any more: views that all their readers see through.
+fn drop_dead(m: &mut Module, keep: &HashSet<Value>) {
+    let top = m.top;
+    let mut needed: HashSet<Value> = m.regions[top].results.iter().chain(keep).copied().collect();
+    let mut ops = std::mem::take(&mut m.regions[top].ops);
+    ops.reverse();
+    ops.retain(|&op| {
+        let results = &m.ops[op].results;
+        let live = results.iter().flatten().any(|v| needed.contains(v) || m.const_of(*v).is_some());
+        if live {
+            needed.extend(graph::reads(m, op));
+        }
+        live
+    });
+    ops.reverse();
+    m.regions[top].ops = ops;
+}
+
+/// Moves the ops of a group, behind copies of its views, into the body of a `kernel.fused` at the end of the top region.
+fn outline(m: &mut Module, group: &Group, outside: &HashSet<Value>) {
     let top = m.top;
     let body = m.add_region(None);
+    let ops: Vec<Op> = group.views.iter().chain(&group.ops).copied().collect();
     let inside: HashSet<Value> =
         ops.iter().flat_map(|&op| m.ops[op].results.iter().flatten().copied()).collect();
     let mut operands: Vec<Value> = Vec::new();
-    for &op in ops {
+    for &op in &ops {
         for v in graph::reads(m, op) {
             if !inside.contains(&v) && m.const_of(v).is_none() && !operands.contains(&v) {
                 operands.push(v);
@@ -178,10 +227,11 @@ fn outline(m: &mut Module, ops: &[Op], outside: &HashSet<Value>) {
     for &v in &operands {
         let ty = m.ty(v).clone();
         let arg = m.add_arg(body, "", ty);
+        m.values[arg].sym = m.values[v].sym.clone();
         map.insert(v, arg);
     }
     let mut results = Vec::new();
-    for &op in ops {
+    for &op in &ops {
         let data = m.ops[op].clone();
         let operands = data.operands.iter().map(|v| v.map(|v| map.get(&v).copied().unwrap_or(v)));
         let mut b =
@@ -196,15 +246,20 @@ fn outline(m: &mut Module, ops: &[Op], outside: &HashSet<Value>) {
         for (old, new) in data.results.iter().zip(m.ops[copy].results.clone()) {
             if let (Some(old), Some(new)) = (old, new) {
                 map.insert(*old, new);
-                if outside.contains(old) {
+                m.values[new].sym = m.values[*old].sym.clone();
+                if group.ops.contains(&op) && outside.contains(old) {
                     results.push((*old, new));
                 }
             }
         }
     }
     m.regions[body].results = results.iter().map(|r| r.1).collect();
-    let loc = m.ops[ops[0]].loc.clone();
-    let fused = m.push(top, OpBuilder::new(FUSED, &loc).operands(operands).attr("body", Attr::Graph(body)));
+    let loc = m.ops[group.ops[0]].loc.clone();
+    let mut fused = OpBuilder::new(FUSED, &loc).operands(operands).attr("body", Attr::Graph(body));
+    if group.anchor.is_some() {
+        fused = fused.attr(ANCHOR, Attr::Int(group.views.len() as i64));
+    }
+    let fused = m.push(top, fused);
     m.regions[body].parent = Some(fused);
     for (i, (v, _)) in results.iter().enumerate() {
         m.values[*v].def = ValueDef::Result(fused, i);
@@ -218,6 +273,9 @@ pub fn members(m: &Module, op: Op) -> impl Iterator<Item = (String, String)> + '
     let ops = body.map_or(vec![op], |b| m.regions[b].ops.clone());
     ops.into_iter().map(|op| (m.ops[op].name.to_string(), m.ops[op].loc.to_string()))
 }
+
+/// The attribute that says which op of the body the kernel is made around. Before it stand views, behind it elementwise ops.
+const ANCHOR: &str = "anchor";
 
 /// A `kernel.fused`, as those see it who lower it.
 pub struct Fused<'m> {
@@ -236,8 +294,9 @@ impl<'m> Fused<'m> {
         let data = &module.ops[op];
         let body = data.is(FUSED).then(|| data.attrs.graph("body"))??;
         let ops = &module.regions[body].ops;
-        let anchor = ops.first().copied().filter(|&op| lower::anchor(module, op).is_some());
-        let pointwise = ops.iter().copied().filter(|&op| Some(op) != anchor).collect();
+        let at = data.attrs.int(ANCHOR).and_then(|i| usize::try_from(i).ok());
+        let anchor = at.and_then(|i| ops.get(i).copied());
+        let pointwise = ops.iter().copied().skip(at.map_or(0, |i| i + 1)).collect();
         Some(Fused { module, op, body, pointwise, anchor })
     }
 

@@ -3,13 +3,13 @@
 use crate::kernels::{Blob, Buffer, Lowered};
 use crate::{Compiler, Size, Target, build, fuse, lower, memory};
 use dialects::exec::{ExecError, Executor, Prepared, Sink};
-use dialects::ir::interp::{Interpreter, Natives};
-use dialects::ir::{Elem, Module, Op, Value, infer};
+use dialects::ir::interp::{Calls, Interpreter, Natives};
+use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::{Evaluated, Item, OpError, Ops};
 use dialects::tensor::{Data, Tensor};
 use runtime::{Call, Fault, Kernels};
 use self_cell::self_cell;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -70,14 +70,15 @@ impl Native {
         Native { told: Some(Box::new(told)), ..self }
     }
 
-    /// Compiles `m`, keeping the values of `keep`.
+    /// Compiles `m` for runs in which `given` are there beside the inputs, keeping these and the values of `keep`.
     pub fn compile(
         &self,
         m: &Module,
-        keep: &HashSet<Value>,
+        given: &[Value],
+        keep: &[Value],
     ) -> Result<(Module, Compiled, Summary), ExecError> {
         let mut m = m.clone();
-        infer::infer(&mut m, &self.ops);
+        fuse::infer(&mut m, &self.ops);
         if self.exact {
             for op in m.live_ops() {
                 if m.ops[op].is("com.microsoft.MatMulNBits") {
@@ -85,11 +86,13 @@ impl Native {
                 }
             }
         }
-        fuse::fuse(&mut m, &self.target, keep);
+        let keep = given.iter().chain(keep).copied().collect();
+        fuse::fuse(&mut m, &self.target, &keep);
+        let known = Named::of(&m, given);
         let mut summary = Summary::default();
         let mut lowered = Vec::new();
         for &op in &m.regions[m.top].ops {
-            match lower::lower(&m, op, &self.target).filter(|l| closed(&m, op, l)) {
+            match lower::lower(&m, op, &self.target).filter(|l| known.all(&m, op, l)) {
                 Some(l) => {
                     summary.compiled += fuse::members(&m, op).count();
                     lowered.push((op, l));
@@ -128,20 +131,46 @@ impl Native {
             let results = results.collect();
             (op, NativeOp { steps: steps.collect(), temps: l.temps, blobs: l.blobs, operands, results })
         });
-        let compiled = Compiled { ops: ops.collect(), kernels: loaded, _dir: dir };
+        let compiled = Compiled { ops: ops.collect(), known, kernels: loaded, _dir: dir };
         Ok((m, compiled, summary))
     }
 }
 
-/// Whether every size that the kernels and their results need is a dim of an operand: declared types may name a dim that
-/// no operand has.
-fn closed(m: &Module, op: Op, lowered: &Lowered) -> bool {
-    let sizes = |values: &[Option<Value>]| -> Vec<Size> {
-        values.iter().flatten().filter_map(|&v| Size::shape(m.ty(v))).flatten().collect()
-    };
-    let (given, made) = (sizes(&m.ops[op].operands), sizes(&m.ops[op].results));
-    let given: HashSet<&str> = given.iter().flat_map(Size::names).collect();
-    made.iter().flat_map(Size::names).chain(lowered.names()).all(|n| given.contains(n))
+/// Where the named dims of a run are seen: in the inputs, and in what else is given.
+struct Named(Vec<(Value, usize, String)>);
+
+impl Named {
+    fn of(m: &Module, given: &[Value]) -> Named {
+        let args = m.regions[m.top].args.iter().filter(|&&v| m.const_of(v).is_none());
+        let dims = args.chain(given).flat_map(|&v| {
+            let shape = Size::shape(m.ty(v)).unwrap_or_default();
+            shape.into_iter().enumerate().filter_map(move |(i, s)| Some((v, i, s.name()?.to_owned())))
+        });
+        Named(dims.collect())
+    }
+
+    /// Whether every size that an op and its kernels need is known then.
+    fn all(&self, m: &Module, op: Op, lowered: &Lowered) -> bool {
+        let data = &m.ops[op];
+        let values = data.operands.iter().chain(&data.results).flatten();
+        let shapes: Vec<Size> = values.filter_map(|&v| Size::shape(m.ty(v))).flatten().collect();
+        let mut names = shapes.iter().flat_map(Size::names).chain(lowered.names());
+        names.all(|n| self.0.iter().any(|(_, _, known)| known == n))
+    }
+
+    /// The dims of one run. A name that stands for two sizes is left out.
+    fn bind(&self, given: &[(Value, Item)]) -> HashMap<&str, u64> {
+        let given: HashMap<Value, &Item> = given.iter().map(|(v, item)| (*v, item)).collect();
+        let mut dims: HashMap<&str, Option<u64>> = HashMap::new();
+        for (v, i, name) in &self.0 {
+            let size = given.get(v).and_then(|item| item.tensor().ok()?.shape().get(*i).map(|&n| n as u64));
+            if let Some(size) = size {
+                let known = dims.entry(name).or_insert(Some(size));
+                *known = known.filter(|&k| k == size);
+            }
+        }
+        dims.into_iter().filter_map(|(name, size)| Some((name, size?))).collect()
+    }
 }
 
 #[allow(unsafe_code)]
@@ -170,57 +199,48 @@ struct NativeOp {
 /// The compiled ops of a module.
 pub struct Compiled {
     ops: HashMap<Op, NativeOp>,
+    known: Named,
     kernels: Option<Kernels>,
     _dir: TempDir,
 }
 
 impl NativeOp {
-    /// The named dims, as the operands have them.
-    fn bind(&self, operands: &[&Tensor]) -> Result<HashMap<&str, u64>, OpError> {
-        let mut dims: HashMap<&str, u64> = HashMap::new();
-        for (i, (shape, t)) in self.operands.iter().zip(operands).enumerate() {
+    /// `None` where the operands have other sizes than was thought: a name stands for several.
+    fn run(
+        &self,
+        kernels: &Kernels,
+        operands: &[Option<Item>],
+        dims: &HashMap<&str, u64>,
+    ) -> Option<Evaluated> {
+        let size = |s: &Size| s.eval(&|name| dims.get(name).copied());
+        let operands: Vec<&Tensor> =
+            operands.iter().map(|o| o.as_ref()?.tensor().ok()).collect::<Option<_>>()?;
+        for (shape, t) in self.operands.iter().zip(&operands) {
             let Some(shape) = shape else { continue };
-            let wrong = || {
-                let expected = shape.iter().map(Size::to_string).collect::<Vec<_>>().join("x");
-                OpError::invalid(format!("operand {i} has shape {:?}, expected {expected}", t.shape()))
-            };
-            if shape.len() != t.rank() {
-                return Err(wrong());
-            }
-            for (size, &found) in shape.iter().zip(t.shape()) {
-                let expected = match size {
-                    Size::Dim(name) => *dims.entry(name).or_insert(found as u64),
-                    Size::Known(n) => *n,
-                    _ => continue,
-                };
-                if expected != found as u64 {
-                    return Err(wrong());
-                }
+            let same = |(s, &n): (&Size, &usize)| size(s) == Some(n as u64);
+            if shape.len() != t.rank() || !shape.iter().zip(t.shape()).all(same) {
+                return None;
             }
         }
-        Ok(dims)
+        let steps = self.steps.iter().flat_map(|s| s.dims.iter().chain([&s.units, &s.work]));
+        let results = self.results.iter().flat_map(|r| &r.1);
+        if !steps.chain(&self.temps).chain(results).all(|s| size(s).is_some()) {
+            return None;
+        }
+        let size = |s: &Size| size(s).expect("every size was worked out above");
+        Some(self.compute(kernels, &operands, &size))
     }
 
-    fn run(&self, kernels: &Kernels, operands: &[Option<Item>]) -> Evaluated {
-        let missing = || OpError::invalid("an operand is missing");
-        let operands: Vec<&Tensor> = operands
-            .iter()
-            .map(|o| o.as_ref().ok_or_else(missing)?.tensor())
-            .collect::<Result<_, OpError>>()?;
-        let dims = self.bind(&operands)?;
-        let unknown = |s: &Size| OpError::invalid(format!("the size {s} is not known here"));
-        let eval = |s: &Size| s.eval(&|name| dims.get(name).copied()).ok_or_else(|| unknown(s));
-        let mut temps: Vec<Vec<u8>> =
-            self.temps.iter().map(|s| Ok(vec![0u8; eval(s)? as usize])).collect::<Result<_, OpError>>()?;
+    fn compute(&self, kernels: &Kernels, operands: &[&Tensor], size: &dyn Fn(&Size) -> u64) -> Evaluated {
+        let mut temps: Vec<Vec<u8>> = self.temps.iter().map(|s| vec![0u8; size(s) as usize]).collect();
         let mut results: Vec<(Data, Vec<usize>)> = self
             .results
             .iter()
             .map(|(elem, shape)| {
-                let shape: Vec<usize> =
-                    shape.iter().map(|s| Ok(eval(s)? as usize)).collect::<Result<_, OpError>>()?;
+                let shape: Vec<usize> = shape.iter().map(|s| size(s) as usize).collect();
                 let count = dialects::kernels::strided::count(&shape)?;
                 let data =
-                    memory::zeros(*elem, count).ok_or_else(|| OpError::invalid("an unknown element"))?;
+                    memory::room(*elem, count).ok_or_else(|| OpError::invalid("an unknown element"))?;
                 Ok((data, shape))
             })
             .collect::<Result<_, OpError>>()?;
@@ -242,10 +262,9 @@ impl NativeOp {
                     Buffer::Fault => fault.as_ptr().cast(),
                 });
             }
-            let sizes: Vec<i64> =
-                step.dims.iter().map(|s| Ok(eval(s)? as i64)).collect::<Result<_, OpError>>()?;
-            let units = eval(&step.units)? as usize;
-            let work = eval(&step.work)?;
+            let sizes: Vec<i64> = step.dims.iter().map(|s| size(s) as i64).collect();
+            let units = size(&step.units) as usize;
+            let work = size(&step.work);
             if units > 0 {
                 let call = Call { kernel: step.kernel, buffers: &buffers, dims: &sizes, units, work };
                 run(kernels, &call);
@@ -266,9 +285,21 @@ fn run(kernels: &Kernels, call: &Call) {
 }
 
 impl Natives for Compiled {
+    fn start<'a>(&'a self, given: &[(Value, Item)]) -> Box<dyn Calls + 'a> {
+        Box::new(Session { compiled: self, dims: self.known.bind(given) })
+    }
+}
+
+/// A run.
+struct Session<'a> {
+    compiled: &'a Compiled,
+    dims: HashMap<&'a str, u64>,
+}
+
+impl Calls for Session<'_> {
     fn call(&self, op: Op, operands: &[Option<Item>]) -> Option<Evaluated> {
-        let native = self.ops.get(&op)?;
-        Some(native.run(self.kernels.as_ref()?, operands))
+        let native = self.compiled.ops.get(&op)?;
+        native.run(self.compiled.kernels.as_ref()?, operands, &self.dims)
     }
 }
 
@@ -302,8 +333,7 @@ impl Executor for Native {
         given: &[Value],
         wanted: &[Value],
     ) -> Result<Box<dyn Prepared + 'm>, ExecError> {
-        let keep = given.iter().chain(wanted).copied().collect();
-        let (module, compiled, summary) = self.compile(m, &keep)?;
+        let (module, compiled, summary) = self.compile(m, given, wanted)?;
         if let Some(told) = &self.told {
             told(&summary);
         }

@@ -11,6 +11,7 @@ pub mod fuse;
 pub mod header;
 pub mod jit;
 pub mod kernels;
+pub mod layout;
 pub mod link;
 pub mod lower;
 pub mod memory;

@@ -2,7 +2,8 @@
 
 use crate::fuse::Fused;
 use crate::kernels::{
-    Lowered, batched, dense, elementwise, gather, gather_packed, integer, matmul_nbits, norm, quantize, range,
+    Lowered, attention, batched, copy, dense, elementwise, gather, gather_packed, integer, matmul_nbits,
+    norm, quantize, range, reduce, rotary, sizes, softmax,
 };
 use crate::target::Target;
 use dialects::ir::{Module, Op};
@@ -14,6 +15,8 @@ pub struct Anchor {
     supports: fn(&Module, Op) -> bool,
     /// Whether an operand that steps along these dims of the result can be read as results are finished.
     takes: fn(&[bool]) -> bool,
+    /// How many of its operands, from the first on, it reads by layout: they may be views.
+    views: usize,
     /// The kernels.
     lower: fn(&Fused, &Target) -> Option<Lowered>,
 }
@@ -22,6 +25,11 @@ impl Anchor {
     /// Whether the kernel can take an elementwise op one of whose operands steps along these dims of the result.
     pub fn takes(&self, steps: &[bool]) -> bool {
         (self.takes)(steps)
+    }
+
+    /// Whether operand `i` may be a view.
+    pub fn sees(&self, i: usize) -> bool {
+        i < self.views
     }
 }
 
@@ -36,43 +44,92 @@ fn nothing(_: &[bool]) -> bool {
     false
 }
 
-const NORM: Anchor = Anchor { supports: norm::supports, takes: nothing, lower: norm::lower };
-const DYNAMIC: Anchor =
-    Anchor { supports: quantize::supports_dynamic, takes: nothing, lower: quantize::lower_dynamic };
-const QUANTIZE: Anchor = Anchor { supports: quantize::supports, takes: nothing, lower: quantize::lower };
-const DENSE: Anchor = Anchor { supports: dense::supports, takes: rows, lower: dense::lower };
+impl Anchor {
+    /// One that takes nothing else, and reads its operands as they are.
+    const fn alone(
+        supports: fn(&Module, Op) -> bool,
+        lower: fn(&Fused, &Target) -> Option<Lowered>,
+    ) -> Anchor {
+        Anchor { supports, takes: nothing, views: 0, lower }
+    }
 
-const GATHER: Anchor = Anchor { supports: gather::supports, takes: nothing, lower: gather::lower };
+    /// The same, which can take what comes after it.
+    const fn rows(self) -> Anchor {
+        Anchor { takes: rows, ..self }
+    }
 
+    /// The same, of which the first so many operands may be views.
+    const fn views(self, views: usize) -> Anchor {
+        Anchor { views, ..self }
+    }
+}
+
+const ATTENTION: Anchor = Anchor::alone(attention::supports, attention::lower);
+const BATCHED: Anchor = Anchor::alone(batched::supports, batched::lower);
+const COPY: Anchor = Anchor::alone(copy::supports, copy::lower).views(1);
+const DENSE: Anchor = Anchor::alone(dense::supports, dense::lower).rows();
+const DYNAMIC_QUANTIZE: Anchor = Anchor::alone(quantize::supports_dynamic, quantize::lower_dynamic);
+const GATHER: Anchor = Anchor::alone(gather::supports, gather::lower);
+const GATHER_PACKED: Anchor = Anchor::alone(gather_packed::supports, gather_packed::lower);
+const MATMUL_NBITS: Anchor = Anchor::alone(matmul_nbits::supports, matmul_nbits::lower).rows();
+const INTEGER: Anchor = Anchor::alone(integer::supports, integer::lower).rows();
+const NORM: Anchor = Anchor::alone(norm::supports, norm::lower);
+const QUANTIZE: Anchor = Anchor::alone(quantize::supports, quantize::lower);
+const RANGE: Anchor = Anchor::alone(range::supports, range::lower);
+const REDUCE: Anchor = Anchor::alone(reduce::supports, reduce::lower);
+const ROTARY: Anchor = Anchor::alone(rotary::supports, rotary::lower);
+const SOFTMAX: Anchor = Anchor::alone(softmax::supports, softmax::lower);
+
+/// What inference knows is never computed from operands.
+const SIZES: Anchor = Anchor::alone(sizes::supports, sizes::lower);
+
+/// Of several for an op, the first that does its form.
 const ANCHORS: &[(&str, Anchor)] = &[
-    (
-        "com.microsoft.GatherBlockQuantized",
-        Anchor { supports: gather_packed::supports, takes: nothing, lower: gather_packed::lower },
-    ),
-    (
-        "com.microsoft.MatMulNBits",
-        Anchor { supports: matmul_nbits::supports, takes: rows, lower: matmul_nbits::lower },
-    ),
     ("com.microsoft.DequantizeLinear", QUANTIZE),
+    ("com.microsoft.GatherBlockQuantized", GATHER_PACKED),
+    ("com.microsoft.MatMulIntegerToFloat", INTEGER),
+    ("com.microsoft.MatMulNBits", MATMUL_NBITS),
+    ("com.microsoft.MultiHeadAttention", ATTENTION),
     ("com.microsoft.QuantizeLinear", QUANTIZE),
+    ("com.microsoft.RotaryEmbedding", ROTARY),
+    ("onnx.Attention", ATTENTION),
+    ("onnx.Concat", COPY.views(usize::MAX)),
     ("onnx.DequantizeLinear", QUANTIZE),
-    ("onnx.DynamicQuantizeLinear", DYNAMIC),
-    ("onnx.MatMulInteger", Anchor { supports: integer::supports, takes: rows, lower: integer::lower }),
-    ("onnx.QuantizeLinear", QUANTIZE),
-    ("onnx.Gemm", DENSE),
-    ("onnx.MatMul", DENSE),
-    ("onnx.MatMul", Anchor { supports: batched::supports, takes: nothing, lower: batched::lower }),
+    ("onnx.DynamicQuantizeLinear", DYNAMIC_QUANTIZE),
+    ("onnx.Expand", COPY),
     ("onnx.Gather", GATHER),
     ("onnx.GatherElements", GATHER),
     ("onnx.GatherND", GATHER),
+    ("onnx.Gemm", DENSE),
     ("onnx.LayerNormalization", NORM),
+    ("onnx.LogSoftmax", SOFTMAX),
+    ("onnx.MatMul", DENSE),
+    ("onnx.MatMul", BATCHED),
+    ("onnx.MatMulInteger", INTEGER),
+    ("onnx.QLinearMatMul", INTEGER),
+    ("onnx.QuantizeLinear", QUANTIZE),
     ("onnx.RMSNormalization", NORM),
-    ("onnx.Range", Anchor { supports: range::supports, takes: nothing, lower: range::lower }),
+    ("onnx.Range", RANGE),
+    ("onnx.ReduceL1", REDUCE),
+    ("onnx.ReduceL2", REDUCE),
+    ("onnx.ReduceMax", REDUCE),
+    ("onnx.ReduceMean", REDUCE),
+    ("onnx.ReduceMin", REDUCE),
+    ("onnx.ReduceSum", REDUCE),
+    ("onnx.ReduceSumSquare", REDUCE),
+    ("onnx.RotaryEmbedding", ROTARY),
     ("onnx.SimplifiedLayerNormalization", NORM),
+    ("onnx.Slice", COPY),
+    ("onnx.Softmax", SOFTMAX),
+    ("onnx.Split", COPY),
+    ("onnx.Transpose", COPY),
 ];
 
 /// How a kernel is made around `op`, if one can be.
 pub fn anchor(m: &Module, op: Op) -> Option<Anchor> {
+    if sizes::supports(m, op) {
+        return Some(SIZES);
+    }
     let name = m.ops[op].name.as_str();
     ANCHORS.iter().find(|a| a.0 == name && (a.1.supports)(m, op)).map(|a| a.1)
 }

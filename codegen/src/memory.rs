@@ -1,6 +1,7 @@
 //! Tensors as the bytes that kernels read and write.
 
 use dialects::ir::Elem;
+use dialects::kernels::buffers;
 use dialects::tensor::{Data, Tensor};
 
 /// The bytes of a tensor whose elements kernels know.
@@ -27,15 +28,15 @@ pub fn size(elem: Elem) -> Option<u64> {
     })
 }
 
-/// Room for `count` elements, all zero.
-pub fn zeros(elem: Elem, count: usize) -> Option<Data> {
+/// Room for `count` elements, every one of which is to be written.
+pub fn room(elem: Elem, count: usize) -> Option<Data> {
     Some(match elem {
-        Elem::F32 => Data::F32(vec![0.0; count]),
+        Elem::F32 => Data::F32(buffers::take(count)),
         Elem::I64 => Data::I64(vec![0; count]),
         Elem::I32 => Data::I32(vec![0; count]),
         Elem::U8 => Data::U8(vec![0; count]),
         Elem::I8 => Data::I8(vec![0; count]),
-        Elem::Bool => Data::Bool(vec![false; count]),
+        Elem::Bool => Data::Bool(buffers::take(count)),
         _ => return None,
     })
 }

@@ -5,8 +5,8 @@
 
 use crate::fuse::{self, Fused};
 use crate::kernels::{Blob, Buffer, Kernel, Lowered};
-use crate::{Size, Target, lower, memory};
-use dialects::ir::{Elem, Module, Op, Value, infer};
+use crate::{Size, Target, layout, lower, memory};
+use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::Ops;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use thiserror::Error;
@@ -161,9 +161,6 @@ impl Arena {
     }
 }
 
-/// Ops that only look at their operand's elements in another shape.
-const VIEWS: [&str; 5] = ["onnx.Reshape", "onnx.Unsqueeze", "onnx.Squeeze", "onnx.Flatten", "onnx.Identity"];
-
 /// Plans `m` for `target`. `bound` gives the greatest size of a named dim.
 pub fn plan(
     m: &Module,
@@ -172,7 +169,7 @@ pub fn plan(
     bound: &dyn Fn(&str) -> Option<u64>,
 ) -> Result<Plan, PlanError> {
     let mut m = m.clone();
-    infer::infer(&mut m, ops);
+    fuse::infer(&mut m, ops);
     fuse::fuse(&mut m, target, &HashSet::new());
     let m = &m;
     let mut dims: BTreeMap<String, u64> = BTreeMap::new();
@@ -188,9 +185,9 @@ pub fn plan(
     let inputs: Vec<Port> = args.iter().map(|&v| port(v)).collect::<Result<_, _>>()?;
     let outputs: Vec<Port> = m.regions[m.top].results.iter().map(|&v| port(v)).collect::<Result<_, _>>()?;
     for size in inputs.iter().flat_map(|p| &p.shape) {
-        if let Size::Dim(name) = size {
-            let bound = bound(name).ok_or_else(|| PlanError::Unbounded { dim: name.clone() })?;
-            dims.insert(name.clone(), bound);
+        if let Some(name) = size.name() {
+            let bound = bound(name).ok_or_else(|| PlanError::Unbounded { dim: name.to_owned() })?;
+            dims.insert(name.to_owned(), bound);
         }
     }
     let lowered = lower_all(m, target)?;
@@ -206,7 +203,7 @@ pub fn plan(
     let bytes = |v: Value| -> Result<u64, PlanError> {
         let p = port(v)?;
         let unit = memory::size(p.elem).ok_or(PlanError::TooLarge)?;
-        let count = Size::product(&p.shape).eval(&|d| dims.get(d).copied()).ok_or(PlanError::TooLarge)?;
+        let count = Size::product(&p.shape).most(&|d| dims.get(d).copied()).ok_or(PlanError::TooLarge)?;
         count.checked_mul(unit).ok_or(PlanError::TooLarge)
     };
     let mut out = Plan {
@@ -236,15 +233,21 @@ fn lower_all(m: &Module, target: &Target) -> Result<Vec<(Op, Option<Lowered>)>, 
         if data.result(0).is_some_and(|v| m.const_of(v).is_some()) {
             continue;
         }
-        let known = |v: Value| Size::shape(m.ty(v)).is_some();
-        if VIEWS.contains(&data.name.as_str()) && data.result(0).is_some_and(known) {
+        if layout::is_same(m, op) {
             needed.extend(data.operand(0));
             out.push((op, None));
             continue;
         }
-        needed.extend(data.operands.iter().flatten());
         match lower::lower(m, op, target) {
-            Some(l) => out.push((op, Some(l))),
+            Some(l) => {
+                // What only says how large a result is was read at build time.
+                let read = l.steps.iter().flat_map(|s| &s.buffers).filter_map(|b| match b {
+                    Buffer::Operand(i) => data.operands[*i],
+                    _ => None,
+                });
+                needed.extend(read);
+                out.push((op, Some(l)));
+            }
             None => left.extend(fuse::members(m, op)),
         }
     }
@@ -294,7 +297,7 @@ fn place(
             places.insert(v, at);
         }
         let temps = l.temps.iter().map(|t| {
-            let size = t.eval(&|d| dims.get(d).copied()).ok_or(PlanError::TooLarge)?;
+            let size = t.most(&|d| dims.get(d).copied()).ok_or(PlanError::TooLarge)?;
             arena.take(size).ok_or(PlanError::TooLarge)
         });
         let temps: Vec<u64> = temps.collect::<Result<_, _>>()?;

@@ -498,10 +498,13 @@ impl<'t> Body<'t> {
         )
     }
 
-    /// Room on the stack for `n` words of 8 bytes, as long as the function runs.
+    /// Room on the stack for `n` words of 8 bytes, from the start of a cache line on, as long as the function runs.
     pub fn room(&mut self, n: usize) -> Val {
         let n = self.size(n);
-        self.op(scalar(Scalar::Ptr), format_args!("llvm.alloca {n} x i64 : (i64) -> !llvm.ptr"))
+        self.op(
+            scalar(Scalar::Ptr),
+            format_args!("llvm.alloca {n} x i64 {{alignment = 64 : i64}} : (i64) -> !llvm.ptr"),
+        )
     }
 
     /// Reads; nothing is assumed about alignment beyond that of an element.

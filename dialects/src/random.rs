@@ -154,10 +154,14 @@ impl Odd {
     }
 
     fn dim(&mut self) -> Dim {
-        match self.rng.below(4) {
+        match self.rng.below(5) {
             0 => Dim::Known(self.rng.below(100) as i64),
             1 => Dim::Unknown,
-            2 => Dim::Sym((*self.rng.pick(&["x", "x8", "f32", "batch", "8x", "s0*2", ""])).into()),
+            2 => {
+                let number = Dim::Known(self.rng.below(9) as i64 - 4);
+                (0..self.rng.below(4)).fold(number, |sum, _| sum.mul(&self.dim()).sub(&self.dim()))
+            }
+            3 => Dim::Sym((*self.rng.pick(&["x", "x8", "f32", "batch", "8x", "s0*2", ""])).into()),
             _ => Dim::Sym((*self.rng.pick(&NAMES)).into()),
         }
     }

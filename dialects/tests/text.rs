@@ -172,7 +172,7 @@ fn a_readable_module() {
     let text = "\
 module ir_version=10 opsets {onnx=21}
 
-graph @main(%x : tensor<batch x 4xf32>, %ids : tensor<?xi64>, const %w) {
+graph @main(%x : tensor<batch x 4xf32>, %ids : tensor<?x(2*batch*\"s 1\" - past + 1) x i64>, const %w) {
   const %w : tensor<4xf32> [1.0, 0.5, -2.0, 1e-6]
   const %eps : tensor<f32> 1e-5
   const %big : tensor<64x64xf16> #blake3:af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262
@@ -252,6 +252,16 @@ fn errors_point_and_explain() {
         ("const %c : tensor<2xf32> #blake3:00 ", "00", "expected 64 hexadecimal digits, found 2"),
         ("const %c : tensor<9999999xf32> splat(1.0) ", "", "generated elements, found more"),
         ("const %c : tensor<?xf32> #? ", "?", "expected a size, found `?`"),
+        (
+            "%y = onnx.A(%x) : tensor<(a*b*c*d*e*f*g) x f32> ",
+            "(a*b*c*d*e*f*g)",
+            "expected a sum of few products",
+        ),
+        (
+            "%y = onnx.A(%x) : tensor<(9223372036854775807*a + a) x f32> ",
+            "",
+            "expected a sum of few products",
+        ),
     ];
     for (text, at, message) in cases {
         let (found_at, found) = error(text);

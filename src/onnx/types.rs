@@ -65,7 +65,8 @@ fn dimension(dim: &Dim) -> Dimension {
     match dim {
         Dim::Known(n) => Dimension { dim_value: Some(*n), ..Dimension::default() },
         Dim::Sym(name) => Dimension { dim_param: Some(name.to_string()), ..Dimension::default() },
-        Dim::Unknown => Dimension::default(),
+        // A name would be one more size to whoever reads it.
+        Dim::Expr(_) | Dim::Unknown => Dimension::default(),
     }
 }
 

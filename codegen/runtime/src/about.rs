@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 /// The version of this description, and of the interface of the library.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// An element type of inputs and outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,7 +33,7 @@ impl Elem {
     }
 }
 
-/// A dim: a number, or a name.
+/// A dim: a number, a name, or, of outputs, a sum of products of names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Dim {
@@ -41,6 +41,25 @@ pub enum Dim {
     Known(u64),
     /// One of [`About::dims`].
     Named(String),
+    /// Products, each a factor and names.
+    Sum(Vec<(i64, Vec<String>)>),
+}
+
+impl Dim {
+    /// The size where named dims have these; `None` where that is no size.
+    pub fn eval(&self, dim: impl Fn(&str) -> Option<u64>) -> Option<usize> {
+        let sum = match self {
+            Dim::Known(n) => i128::from(*n),
+            Dim::Named(name) => i128::from(dim(name)?),
+            Dim::Sum(terms) => terms.iter().try_fold(0i128, |sum, (factor, names)| {
+                let product = names
+                    .iter()
+                    .try_fold(i128::from(*factor), |p, name| p.checked_mul(i128::from(dim(name)?)))?;
+                sum.checked_add(product)
+            })?,
+        };
+        usize::try_from(sum).ok()
+    }
 }
 
 impl fmt::Display for Dim {
@@ -48,6 +67,14 @@ impl fmt::Display for Dim {
         match self {
             Dim::Known(n) => write!(f, "{n}"),
             Dim::Named(name) => f.write_str(name),
+            Dim::Sum(terms) => {
+                let product = |(factor, names): &(i64, Vec<String>)| match (*factor, names.is_empty()) {
+                    (1, false) => names.join("*"),
+                    (n, false) => format!("{n}*{}", names.join("*")),
+                    (n, true) => n.to_string(),
+                };
+                f.write_str(&terms.iter().map(product).collect::<Vec<_>>().join(" + "))
+            }
         }
     }
 }

@@ -81,6 +81,12 @@ pub enum ModelError {
         /// The bound.
         bound: u64,
     },
+    /// An output that has no size for these inputs.
+    #[error("the output {name:?} has no size for inputs of these sizes")]
+    Output {
+        /// The output.
+        name: String,
+    },
     /// An input holds what the model cannot use; the outputs are worthless.
     #[error("the inputs: {0}")]
     Fault(Fault),
@@ -178,14 +184,12 @@ impl Model {
     /// Runs once. Inputs in the order of [`About::inputs`]; outputs likewise.
     pub fn run(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, ModelError> {
         let sizes = self.sizes(inputs)?;
-        let size = |d: &Dim| match d {
-            Dim::Known(n) => *n as usize,
-            Dim::Named(name) => sizes[name.as_str()] as usize,
-        };
         let mut outputs: Vec<Tensor> = Vec::new();
         for p in &self.about.outputs {
-            let shape: Vec<usize> = p.shape.iter().map(size).collect();
-            let bytes = shape.iter().product::<usize>() * p.elem.bytes();
+            let size = |d: &Dim| d.eval(|name| sizes.get(name).copied());
+            let none = || ModelError::Output { name: p.name.clone() };
+            let shape: Vec<usize> = p.shape.iter().map(size).collect::<Option<_>>().ok_or_else(none)?;
+            let bytes = shape.iter().try_fold(p.elem.bytes(), |a, &n| a.checked_mul(n)).ok_or_else(none)?;
             outputs.push(Tensor { elem: p.elem, shape, bytes: vec![0; bytes] });
         }
         let dims: Vec<i64> = self.about.dims.iter().map(|(n, _)| sizes[n.as_str()] as i64).collect();
@@ -230,6 +234,7 @@ impl Model {
                 && p.shape.iter().zip(&t.shape).all(|(d, &n)| match d {
                     Dim::Known(k) => *k == n as u64,
                     Dim::Named(name) => *sizes.entry(name).or_insert(n as u64) == n as u64,
+                    Dim::Sum(_) => false,
                 });
             let bytes = t.shape.iter().try_fold(t.elem.bytes(), |a, &n| a.checked_mul(n));
             if !fits || bytes != Some(t.bytes.len()) {

@@ -54,6 +54,33 @@ pub fn exp(b: &mut Body, x: Val) -> Val {
     b.select(number, y, x)
 }
 
+/// e^x of an x that is not above 0, or NaN: [`exp`] with neither overflow nor the second half of the exponent to see to.
+pub fn exp_below(b: &mut Body, x: Val) -> Val {
+    let low = b.splat(x.ty, -87.336_54);
+    let under = b.cmp(Cmp::Lt, x, low);
+    let clamped = b.select(under, low, x);
+    let (log2e, round) = (b.splat(x.ty, std::f64::consts::LOG2_E), b.splat(x.ty, 12_582_912.0));
+    // The last bits of t are n.
+    let t = b.fma(clamped, log2e, round);
+    let n = b.sub(t, round);
+    let (high_part, low_part) = (b.splat(x.ty, -355.0 / 512.0), b.splat(x.ty, 2.121_944_4e-4));
+    let r = b.fma(n, high_part, clamped);
+    let r = b.fma(n, low_part, r);
+    let p = polynomial(b, r, &[1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5]);
+    let one = b.splat(x.ty, 1.0);
+    let square = b.mul(r, r);
+    let tail = b.add(r, one);
+    let p = b.fma(p, square, tail);
+    let bits = b.bitcast(t, x.ty.of(Scalar::I32));
+    let bias = b.splat(bits.ty, 127.0);
+    let bits = b.add(bits, bias);
+    let bits = b.shl(bits, 23);
+    let power = b.bitcast(bits, x.ty);
+    let y = b.mul(p, power);
+    let zero = b.splat(x.ty, 0.0);
+    b.select(under, zero, y)
+}
+
 /// 1 / (1 + e^-x).
 pub fn sigmoid(b: &mut Body, x: Val) -> Val {
     let negative = b.unary("arith.negf", x);

@@ -4,12 +4,16 @@
 //! the units of work it is to do. Units are independent of each other and each is computed in one order, so results do not
 //! depend on how they are divided among threads.
 
+pub mod attention;
+pub mod attention_tiles;
 pub mod batched;
+pub mod copy;
 pub mod dense;
 pub mod elementwise;
 pub mod epilogue;
 pub mod gather;
 pub mod gather_packed;
+pub mod heads;
 pub mod integer;
 pub mod math;
 pub mod matmul_nbits;
@@ -20,6 +24,10 @@ pub mod panel;
 pub mod pointwise;
 pub mod quantize;
 pub mod range;
+pub mod reduce;
+pub mod rotary;
+pub mod sizes;
+pub mod softmax;
 
 use crate::size::Size;
 use crate::target::Target;

@@ -25,6 +25,12 @@ pub const MAX_ITERATIONS: u64 = 1 << 20;
 
 /// Ops that something else computes, compiled code for one.
 pub trait Natives: Send + Sync {
+    /// Begins a run in which these values are given.
+    fn start<'a>(&'a self, given: &[(Value, Item)]) -> Box<dyn Calls + 'a>;
+}
+
+/// A run of [`Natives`].
+pub trait Calls {
     /// The results of `op` of the top region on these operands; `None` for an op that is the interpreter's.
     fn call(&self, op: Op, operands: &[Option<Item>]) -> Option<Evaluated>;
 }
@@ -248,6 +254,8 @@ impl<'m> Planner<'m> {
 struct Env<'e> {
     own: RefCell<HashMap<Value, Option<Item>>>,
     outer: Option<&'e Env<'e>>,
+    /// What else computes ops of this region.
+    natives: Option<Box<dyn Calls + 'e>>,
 }
 
 impl Env<'_> {
@@ -263,7 +271,8 @@ impl Env<'_> {
 
 impl Prepared for Ready<'_> {
     fn run(&self, inputs: &[(Value, Item)], sink: &mut Sink) -> Result<(), ExecError> {
-        let env = Env::default();
+        let natives = self.natives.as_ref().map(|n| n.start(inputs));
+        let env = Env { natives, ..Env::default() };
         for (v, item) in inputs {
             self.check_input(*v, item)?;
             env.set(*v, Some(item.clone()));
@@ -399,7 +408,7 @@ impl Ready<'_> {
         let results_of = |r: Region| -> Vec<super::Type> {
             self.m.regions[r].results.iter().map(|&v| self.m.ty(v).clone()).collect()
         };
-        let native = self.natives.as_ref().and_then(|n| n.call(step.op, operands));
+        let native = env.natives.as_ref().and_then(|n| n.call(step.op, operands));
         let items = native.unwrap_or_else(|| match step.callee {
             Callee::Native(def) => (def.eval)(&EvalCx {
                 name: &data.name,
@@ -437,7 +446,7 @@ impl Ready<'_> {
             let (found, expected) = (args.len(), data.args.len());
             return Err(OpError::invalid(format!("the graph takes {expected} inputs, but is given {found}")));
         }
-        let env = Env { own: RefCell::default(), outer: Some(outer) };
+        let env = Env { own: RefCell::default(), outer: Some(outer), natives: None };
         for (&v, item) in data.args.iter().zip(args) {
             env.set(v, Some(item));
         }

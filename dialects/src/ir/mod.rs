@@ -10,6 +10,7 @@ pub mod interp;
 pub mod literal;
 pub mod module;
 pub mod parse;
+pub mod poly;
 pub mod print;
 pub mod types;
 pub mod verify;

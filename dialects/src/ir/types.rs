@@ -1,6 +1,7 @@
 //! Types: element types, symbolic dims, and the tensor, sequence, optional and map types of values.
 
 use super::literal::Name;
+use super::poly::Poly;
 use std::fmt;
 use std::sync::Arc;
 
@@ -145,6 +146,8 @@ pub enum Dim {
     Known(i64),
     /// A named size, such as `batch`. Two equal names are equal sizes.
     Sym(Arc<str>),
+    /// A sum of products of named sizes that is neither a number nor a name, such as `past + seq`.
+    Expr(Arc<Poly<Arc<str>>>),
     /// Anything.
     #[default]
     Unknown,
@@ -164,32 +167,41 @@ impl Dim {
         *self != Dim::Unknown && self == other
     }
 
+    /// The sum that this is, if anything is known.
+    pub fn poly(&self) -> Option<Poly<Arc<str>>> {
+        match self {
+            Dim::Known(n) => Some(Poly::number(*n)),
+            Dim::Sym(name) => Some(Poly::atom(name.clone())),
+            Dim::Expr(p) => Some((**p).clone()),
+            Dim::Unknown => None,
+        }
+    }
+
+    /// Whether it is surely not negative.
+    pub fn nonnegative(&self) -> bool {
+        self.poly().is_some_and(|p| p.nonnegative())
+    }
+
+    fn with(&self, other: &Dim, f: fn(&Names, &Names) -> Option<Names>) -> Dim {
+        let sum = || f(&self.poly()?, &other.poly()?);
+        sum().map_or(Dim::Unknown, Dim::from)
+    }
+
     /// `self + other`.
     pub fn add(&self, other: &Dim) -> Dim {
-        match (self, other) {
-            (Dim::Known(a), Dim::Known(b)) => a.checked_add(*b).map_or(Dim::Unknown, Dim::Known),
-            (Dim::Known(0), d) | (d, Dim::Known(0)) => d.clone(),
-            _ => Dim::Unknown,
-        }
+        self.with(other, Poly::add)
     }
 
     /// `self - other`.
     pub fn sub(&self, other: &Dim) -> Dim {
-        match (self, other) {
-            (Dim::Known(a), Dim::Known(b)) => a.checked_sub(*b).map_or(Dim::Unknown, Dim::Known),
-            (d, Dim::Known(0)) => d.clone(),
-            (a, b) if a.same(b) => Dim::Known(0),
-            _ => Dim::Unknown,
-        }
+        self.with(other, Poly::sub)
     }
 
     /// `self * other`.
     pub fn mul(&self, other: &Dim) -> Dim {
         match (self, other) {
-            (Dim::Known(a), Dim::Known(b)) => a.checked_mul(*b).map_or(Dim::Unknown, Dim::Known),
             (Dim::Known(0), _) | (_, Dim::Known(0)) => Dim::Known(0),
-            (Dim::Known(1), d) | (d, Dim::Known(1)) => d.clone(),
-            _ => Dim::Unknown,
+            _ => self.with(other, Poly::mul),
         }
     }
 
@@ -197,10 +209,8 @@ impl Dim {
     pub fn div(&self, other: &Dim) -> Dim {
         match (self, other) {
             (Dim::Known(a), Dim::Known(b)) => a.checked_div(*b).map_or(Dim::Unknown, Dim::Known),
-            (d, Dim::Known(1)) => d.clone(),
             // A symbolic size of zero would make the quotient undefined, and nothing can then depend on it.
-            (a, b) if a.same(b) => Dim::Known(1),
-            _ => Dim::Unknown,
+            (a, b) => a.with(b, Poly::div),
         }
     }
 
@@ -216,11 +226,12 @@ impl Dim {
         }
     }
 
-    /// What is known of a size described twice, or `None` when the two contradict. A number beats a symbol.
+    /// What is known of a size described twice, or `None` when the two contradict. A number beats a name, a name a sum.
     pub fn unify(&self, other: &Dim) -> Option<Dim> {
         match (self, other) {
             (Dim::Known(a), Dim::Known(b)) => (a == b).then(|| self.clone()),
-            (Dim::Known(_), _) | (Dim::Sym(_), Dim::Sym(_) | Dim::Unknown) => Some(self.clone()),
+            (Dim::Known(_), _) | (Dim::Sym(_), Dim::Sym(_) | Dim::Expr(_)) => Some(self.clone()),
+            (Dim::Expr(_), Dim::Expr(_)) | (_, Dim::Unknown) => Some(self.clone()),
             (_, other) => Some(other.clone()),
         }
     }
@@ -232,11 +243,30 @@ impl From<usize> for Dim {
     }
 }
 
+/// A sum of products of named sizes.
+type Names = Poly<Arc<str>>;
+
+/// Sums of more products, and products of more names, are not followed: they only grow.
+const MAX_TERMS: usize = 8;
+const MAX_FACTORS: usize = 6;
+
+impl From<Names> for Dim {
+    fn from(p: Names) -> Dim {
+        match (p.known(), p.single()) {
+            (Some(n), _) => Dim::Known(n),
+            (_, Some(name)) => Dim::Sym(name.clone()),
+            _ if p.terms().count() > MAX_TERMS || p.terms().any(|t| t.0.len() > MAX_FACTORS) => Dim::Unknown,
+            _ => Dim::Expr(Arc::new(p)),
+        }
+    }
+}
+
 impl fmt::Display for Dim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Dim::Known(n) => write!(f, "{n}"),
             Dim::Sym(s) => f.write_str(s),
+            Dim::Expr(p) => p.write(f, |name, f| f.write_str(name)),
             Dim::Unknown => f.write_str("?"),
         }
     }
@@ -361,6 +391,11 @@ impl fmt::Display for TensorType {
                     match d {
                         // A name that is no plain word is quoted, so that the text parses back.
                         Dim::Sym(s) => write!(f, "{} x ", Name(s))?,
+                        Dim::Expr(p) => {
+                            f.write_str("(")?;
+                            p.write(f, |name, f| write!(f, "{}", Name(name)))?;
+                            f.write_str(") x ")?;
+                        }
                         d => write!(f, "{d}x")?,
                     }
                 }

@@ -159,8 +159,8 @@ fn infer_range(cx: &InferCx) -> Inferred {
                 contents = (n <= 64).then(|| (0..n).map(|i| Dim::Known((s + i * d) as i64)).collect());
                 i64::try_from(n).map_or(Dim::Unknown, Dim::Known)
             }
-            // A symbol is a size, never negative: from zero in steps of one there are as many.
-            (Dim::Known(0), Dim::Sym(_), Dim::Known(1)) => l,
+            // In steps of one there are as many as lie between, if that is surely no negative number.
+            (s, l, Dim::Known(1)) if l.sub(s).nonnegative() => l.sub(s),
             _ => Dim::Unknown,
         };
     }

@@ -48,6 +48,8 @@ mod unique;
 pub mod util;
 mod window;
 
+pub use movement::cut;
+
 /// Every family of ops in this dialect.
 pub const FAMILIES: &[&[OpDef]] = &[
     attention::OPS,

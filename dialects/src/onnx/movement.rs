@@ -129,11 +129,34 @@ fn eval_slice(cx: &EvalCx) -> Evaluated {
     cx.one(sliced(t.shape(), &cuts)?.read(t)?)
 }
 
+/// Exporters write 2^31 - 1 or more for "to the end".
+const FAR: i64 = i32::MAX as i64;
+
+/// Where a slice in steps of one begins, and how long it is; `None` where that depends on more than is known.
+pub fn cut(size: &Dim, start: &Dim, end: &Dim) -> Option<(Dim, Dim)> {
+    if let (Dim::Known(n), Dim::Known(s), Dim::Known(e)) = (size, start, end) {
+        let (from, length) = span(usize::try_from(*n).ok()?, *s, *e, 1).ok()?;
+        return Some((Dim::Known(from as i64), Dim::from(length)));
+    }
+    let place = |d: &Dim| {
+        let d = match d {
+            Dim::Known(n) if *n >= FAR => size.clone(),
+            Dim::Known(n) if *n < 0 => size.add(d),
+            d => d.clone(),
+        };
+        (d.nonnegative() && size.sub(&d).nonnegative()).then_some(d)
+    };
+    let (from, to) = (place(start)?, place(end)?);
+    let length = to.sub(&from);
+    length.nonnegative().then_some((from, length))
+}
+
 /// The size that a slice leaves of a dim.
 fn sliced_dim(size: &Dim, start: &Dim, end: &Dim, step: &Dim) -> Result<Dim, OpError> {
+    if let Some((_, length)) = (step.known() == Some(1)).then(|| cut(size, start, end)).flatten() {
+        return Ok(length);
+    }
     let (Some(s), Some(k)) = (start.known(), step.known()) else { return Ok(Dim::Unknown) };
-    // Exporters write 2^31 - 1 or more for "to the end".
-    const FAR: i64 = i32::MAX as i64;
     let whole = match end {
         Dim::Known(e) => (k == 1 && s == 0 && *e >= FAR) || (k == -1 && s == -1 && *e <= -FAR),
         end => k == 1 && s == 0 && end.same(size),

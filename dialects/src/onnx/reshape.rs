@@ -112,17 +112,7 @@ fn quotient(mut of: Vec<Dim>, by: Vec<Dim>) -> Option<Option<Dim>> {
         // An empty tensor says nothing about a size.
         _ if number == 0 => Some(None),
         Dim::Known(n) => (n % number == 0).then_some(Some(Dim::Known(n / number))),
-        Dim::Sym(_) if number == 1 => Some(Some(product)),
-        _ => {
-            // Several symbols, or a multiple of one: a factor that the divisor takes away may leave one symbol.
-            let known: i64 =
-                of.iter().filter_map(Dim::known).try_fold(1i64, |n, d| n.checked_mul(d)).unwrap_or(0);
-            let mut symbols = of.iter().filter(|d| d.known().is_none());
-            match (symbols.next(), symbols.next()) {
-                (Some(s @ Dim::Sym(_)), None) if known == number => Some(Some(s.clone())),
-                _ => Some(None),
-            }
-        }
+        product => Some(Some(product.div(&Dim::Known(number))).filter(|d| *d != Dim::Unknown)),
     }
 }
 

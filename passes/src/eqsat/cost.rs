@@ -149,8 +149,17 @@ fn elements(g: &Graph, id: Id, depth: u32) -> u64 {
             return elements(g, n.children[0], depth + 1);
         }
     }
-    let size = |d: &Dim| d.known().and_then(|n| u64::try_from(n).ok()).unwrap_or(NOMINAL);
-    dims.iter().map(size).fold(1, u64::saturating_mul)
+    dims.iter().map(nominal).fold(1, u64::saturating_mul)
+}
+
+/// A size, each named one taken as [`NOMINAL`].
+fn nominal(d: &Dim) -> u64 {
+    let Some(sum) = d.poly() else { return NOMINAL };
+    let products = sum.terms().map(|(names, factor)| {
+        let factor = u64::try_from(factor).unwrap_or(0);
+        names.iter().fold(factor, |n, _| n.saturating_mul(NOMINAL))
+    });
+    products.fold(0, u64::saturating_add)
 }
 
 fn bytes(g: &Graph, id: Id) -> u64 {

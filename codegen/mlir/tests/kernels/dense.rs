@@ -174,7 +174,7 @@ graph @main(%x : tensor<s x 2xf64>, %y : tensor<2 x ? x f32>, %z : tensor<s x 2x
 ",
     );
     let native = Native::new(Ops::standard(), Arc::new(Here));
-    let keep = m.regions[m.top].results.iter().copied().collect();
-    let (_, _, summary) = native.compile(&m, &keep).unwrap();
+    let keep = m.regions[m.top].results.clone();
+    let (_, _, summary) = native.compile(&m, &[], &keep).unwrap();
     assert_eq!((summary.compiled, summary.interpreted.len()), (0, 4), "{summary}");
 }

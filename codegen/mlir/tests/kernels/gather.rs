@@ -272,7 +272,7 @@ graph @main(%x : tensor<s x 8xf64>, %y : tensor<?x8xf32>, %i : tensor<3xi64>, %e
 ",
     );
     let native = Native::new(Ops::standard(), Arc::new(Here));
-    let keep = m.regions[m.top].results.iter().copied().collect();
-    let (_, _, summary) = native.compile(&m, &keep).unwrap();
+    let keep = m.regions[m.top].results.clone();
+    let (_, _, summary) = native.compile(&m, &[], &keep).unwrap();
     assert_eq!((summary.compiled, summary.interpreted.len()), (0, 3), "{summary}");
 }

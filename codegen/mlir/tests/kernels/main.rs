@@ -1,10 +1,15 @@
 //! Every kernel, compiled and run on random shapes, against the interpreter or arithmetic in float64.
 #![allow(unsafe_code)]
 
+mod attention;
 mod dense;
 mod gather;
 mod harness;
 mod integer;
 mod models;
+mod movement;
 mod packed;
 mod pointwise;
+mod reduce;
+mod rotary;
+mod softmax;

@@ -47,6 +47,7 @@ pub fn inputs(m: &Module, dims: &[(&str, usize)], rng: &mut impl Rng) -> Vec<(Va
         let n = shape.iter().product();
         let t = match ty.elem().unwrap().to_string().as_str() {
             "i64" => Tensor::new(&shape, (0..n).map(|_| rng.random_range(0i64..4)).collect::<Vec<_>>()),
+            "i32" => Tensor::new(&shape, (0..n).map(|_| rng.random_range(-9i32..9)).collect::<Vec<_>>()),
             "bool" => Tensor::new(&shape, (0..n).map(|_| rng.random()).collect::<Vec<bool>>()),
             _ => Tensor::new(&shape, (0..n).map(|_| rng.random_range(-3f32..3.0)).collect::<Vec<_>>()),
         };
@@ -90,9 +91,8 @@ pub fn check_on(
 ) {
     let ops = Ops::standard();
     let wanted = m.regions[m.top].results.clone();
-    let keep = wanted.iter().copied().collect();
     let native = Native::new(ops.clone(), Arc::new(Here));
-    let (_, _, summary) = native.compile(m, &keep).unwrap();
+    let (_, _, summary) = native.compile(m, &[], &wanted).unwrap();
     assert!(summary.compiled >= compiled, "{summary:?}");
     let interpreter = Interpreter::new(ops.clone());
     let ready = native.prepare(m, &wanted).unwrap();
@@ -139,6 +139,14 @@ pub fn inside(t: &runtime::Tensor) -> Tensor {
         runtime::Elem::I8 => Tensor::new(&t.shape, t.bytes.iter().map(|&b| b as i8).collect::<Vec<_>>()),
     }
     .unwrap()
+}
+
+/// Checks that `op`, and no other, is left to the interpreter.
+pub fn check_left(m: &Module, op: &str) {
+    let native = Native::new(Ops::standard(), Arc::new(Here));
+    let (_, _, summary) = native.compile(m, &[], &m.regions[m.top].results).unwrap();
+    let left: Vec<&str> = summary.interpreted.iter().map(|(op, _)| op.as_str()).collect();
+    assert_eq!(left, [op], "{summary:?}");
 }
 
 /// A tensor for a library.

@@ -126,8 +126,32 @@ pub(super) fn dim(p: Node) -> Result<Dim> {
     Ok(match p.as_rule() {
         Rule::size => Dim::Known(number(&p, "a dim of at most 63 bits")?),
         Rule::name => Dim::Sym(name(p)?),
+        Rule::sum => sum(p)?,
         _ => Dim::Unknown,
     })
+}
+
+fn sum(p: Node) -> Result<Dim> {
+    let whole = p.clone();
+    let (mut sum, mut minus) = (Dim::Known(0), false);
+    for part in p.into_inner() {
+        if part.as_rule() == Rule::sign {
+            minus = part.as_str() == "-";
+            continue;
+        }
+        let product = part.into_inner().try_fold(Dim::Known(1), |product, factor| {
+            let factor = inner(factor);
+            Ok(product.mul(&match factor.as_rule() {
+                Rule::digits => Dim::Known(number(&factor, "a number of at most 63 bits")?),
+                _ => Dim::Sym(name(factor)?),
+            }))
+        })?;
+        sum = if minus { sum.sub(&product) } else { sum.add(&product) };
+    }
+    match sum {
+        Dim::Unknown => invalid(&whole, "expected a sum of few products, of numbers of at most 63 bits"),
+        sum => Ok(sum),
+    }
 }
 
 pub(super) fn is_float(text: &str) -> bool {
