@@ -32,6 +32,8 @@ pub struct DriverEnv {
     pub scratch: PathBuf,
     /// Where finished work is kept, if the user named a folder.
     pub store: Option<Folder>,
+    /// What runs the model when activations are gathered from the whole of it.
+    pub executor: Box<dyn Executor>,
     /// Calibration data, when a pass of the pipeline needs it.
     pub calibration: Option<Calibration>,
     /// What is written at the end, if that is an ONNX model; for its size.
@@ -67,6 +69,7 @@ impl DriverEnv {
             term,
             scratch: std::env::temp_dir(),
             store: None,
+            executor: Box::new(Interpreter::new(ops.clone())),
             calibration: None,
             output: None,
             baseline: None,
@@ -87,8 +90,7 @@ impl DriverEnv {
 impl Env for DriverEnv {
     fn calibrate(&self, m: &Module, wanted: &[Value], sink: &mut CalibSink) -> Result<(), PassError> {
         let data = self.data()?;
-        let exec = Interpreter::new(self.ops.clone());
-        let prepared = exec.prepare(m, wanted)?;
+        let prepared = self.executor.prepare(m, wanted)?;
         let batches = data.batches();
         let bar = self.term.task("calibrating", batches.len() as u64);
         for batch in batches {

@@ -16,6 +16,7 @@
 //!
 //! - `; RUN: PIPELINE` runs passes, as `--pass` does; an empty one only infers types. What comes out must be what
 //!   the `;;` lines say. With `QCC_BLESS=1` in the environment they are rewritten to say what came out.
+//! - `; BUILD: CPU` fuses the module for a processor; the `;;` lines are what comes of it, and the kernels as MLIR.
 //! - `; run: TOLERANCE` runs the module before and after on seeded noise and compares the outputs: relative, over
 //!   each whole output; without a number, to rounding (1e-5).
 //! - `; settings: allow-mul accuracy-level=4` sets what the command line's flags of these names set.
@@ -33,12 +34,15 @@ use crate::eval::distance::Baseline;
 use crate::pipeline::Pipeline;
 use crate::term::Term;
 use crate::{Registry, files};
+use codegen::Target;
+use codegen::kernels::Kernel;
 use dialects::exec::run_once;
 use dialects::ir::interp::Interpreter;
 use dialects::ir::parse::{Parsed, parse};
 use dialects::ir::print::{Style, print};
 use dialects::ir::{Module, infer, verify};
 use passes::Settings;
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -151,6 +155,7 @@ struct Case<'a> {
     /// The number of the first line.
     first: usize,
     pipeline: Option<&'a str>,
+    cpu: Option<&'a str>,
     tolerance: Option<&'a str>,
     settings: &'a str,
     /// Line, whether something stands before it, and text of each expected error.
@@ -164,6 +169,7 @@ impl<'a> Case<'a> {
             text,
             first,
             pipeline: None,
+            cpu: None,
             tolerance: None,
             settings: "",
             errors: Vec::new(),
@@ -174,6 +180,8 @@ impl<'a> Case<'a> {
                 case.expected.push(expected.strip_prefix(' ').unwrap_or(expected).trim_end());
             } else if let Some(pipeline) = line.strip_prefix("; RUN:") {
                 case.pipeline = Some(pipeline.trim());
+            } else if let Some(cpu) = line.strip_prefix("; BUILD:") {
+                case.cpu = Some(cpu.trim());
             } else if let Some(tolerance) = line.strip_prefix("; run:") {
                 case.tolerance = Some(tolerance.trim());
             } else if let Some(settings) = line.strip_prefix("; settings:") {
@@ -223,6 +231,10 @@ impl<'a> Case<'a> {
                 }
             }
         }
+        if let Some(cpu) = self.cpu {
+            let built = self.build(parsed.module, cpu, registry).or_else(|message| self.fail(message))?;
+            return self.expect(&built, bless);
+        }
         let Some(pipeline) = self.pipeline else {
             self.match_errors(self.diagnostics(&parsed, registry))?;
             return Ok(self.text.to_owned());
@@ -247,6 +259,17 @@ impl<'a> Case<'a> {
             self.compare(&before, &after, tolerance, registry)?;
         }
         self.expect(&print(&after, STYLE), bless)
+    }
+
+    /// A fused module and its kernels.
+    fn build(&self, mut m: Module, cpu: &str, registry: &Registry) -> Result<String, String> {
+        let target = Target::parse(cpu).map_err(|e| e.to_string())?;
+        codegen::fuse::infer(&mut m, registry.ops());
+        codegen::fuse::fuse(&mut m, &target, &HashSet::new());
+        let ops = m.regions[m.top].ops.iter();
+        let steps = ops.filter_map(|&op| codegen::lower::lower(&m, op, &target)).flat_map(|l| l.steps);
+        let kernels: Vec<Kernel> = steps.map(|s| s.kernel).collect();
+        Ok(format!("{}\n{}", print(&m, STYLE), codegen::kernels::module(&kernels)))
     }
 
     /// What the verifier finds, each with its line, and whether it is about an op.

@@ -13,6 +13,12 @@ fn passes() {
     run_dir("testdata/passes", &qcc::registry()).unwrap_or_else(|e| panic!("{e}"));
 }
 
+#[test]
+fn kernels() {
+    let cases = run_dir("testdata/kernels", &qcc::registry()).unwrap_or_else(|e| panic!("{e}"));
+    assert!(cases >= 8, "{cases}");
+}
+
 const HEAD: &str = "module ir_version=10 opsets {onnx=21}\n";
 
 fn failure(text: &str) -> (usize, String) {

@@ -86,7 +86,7 @@ fn weights_stand_beside_the_text() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("odd.qir");
     let mut beside = 0;
-    for seed in 0..150 {
+    for seed in 0..200 {
         let m = odd_module(seed);
         qcc::qir::write(&m, &path, &[]).unwrap();
         let read = qcc::qir::read(&path).unwrap_or_else(|e| panic!("seed {seed}: {e}"));

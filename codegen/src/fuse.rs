@@ -6,7 +6,6 @@
 //! it makes of the module.
 
 use crate::kernels::{Blob, Buffer, elementwise, pointwise};
-use crate::layout;
 use crate::lower::{self, Anchor};
 use crate::size::Size;
 use crate::target::Target;
@@ -114,9 +113,7 @@ fn start(m: &Module, target: &Target, op: Op) -> Group {
 
 /// The views that an anchor sees its operands through.
 fn views(m: &Module, op: Op, anchor: &Anchor) -> Vec<Op> {
-    let operands = m.ops[op].operands.iter().enumerate();
-    let seen = operands.filter(|(i, _)| anchor.sees(*i)).filter_map(|(_, v)| layout::view(m, (*v)?));
-    let ops: HashSet<Op> = seen.flat_map(|view| view.ops).collect();
+    let ops: HashSet<Op> = anchor.views(m, op).into_iter().flat_map(|view| view.ops).collect();
     m.regions[m.top].ops.iter().copied().filter(|op| ops.contains(op)).collect()
 }
 

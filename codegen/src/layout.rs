@@ -313,7 +313,11 @@ mod tests {
         let l = Layout::contiguous(&[b.clone() * s.clone(), 6.into()]);
         let split = l.reshaped(&[b.clone(), s.clone(), 2.into(), 3.into()]).unwrap();
         assert_eq!(split, Layout::contiguous(&[b.clone(), s.clone(), 2.into(), 3.into()]));
-        assert!(l.reshaped(&[b, 6.into()]).is_none());
+        assert!(l.reshaped(&[b.clone(), 6.into()]).is_none());
+        // Past and new positions are one dim.
+        let shape = [b.clone(), b.clone() + s.clone(), 2.into(), 3.into()];
+        let all = Layout::contiguous(&shape).reshaped(&[b.clone(), b.clone() + s.clone(), 6.into()]).unwrap();
+        assert_eq!(all, Layout::contiguous(&[b.clone(), b + s, 6.into()]));
     }
 
     #[test]

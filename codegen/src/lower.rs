@@ -5,6 +5,7 @@ use crate::kernels::{
     Lowered, attention, batched, copy, dense, elementwise, gather, gather_packed, integer, matmul_nbits,
     norm, quantize, range, reduce, rotary, sizes, softmax,
 };
+use crate::layout::View;
 use crate::target::Target;
 use dialects::ir::{Module, Op};
 
@@ -15,8 +16,8 @@ pub struct Anchor {
     supports: fn(&Module, Op) -> bool,
     /// Whether an operand that steps along these dims of the result can be read as results are finished.
     takes: fn(&[bool]) -> bool,
-    /// How many of its operands, from the first on, it reads by layout: they may be views.
-    views: usize,
+    /// The views that it reads its operands through.
+    views: fn(&Module, Op) -> Vec<View>,
     /// The kernels.
     lower: fn(&Fused, &Target) -> Option<Lowered>,
 }
@@ -27,9 +28,9 @@ impl Anchor {
         (self.takes)(steps)
     }
 
-    /// Whether operand `i` may be a view.
-    pub fn sees(&self, i: usize) -> bool {
-        i < self.views
+    /// The views that it reads its operands through.
+    pub fn views(&self, m: &Module, op: Op) -> Vec<View> {
+        (self.views)(m, op)
     }
 }
 
@@ -37,6 +38,11 @@ impl Anchor {
 fn rows(steps: &[bool]) -> bool {
     let Some((_, lead)) = steps.split_last() else { return true };
     lead.iter().all(|&s| s) || lead.iter().all(|&s| !s)
+}
+
+/// A kernel that reads its operands as they are.
+fn none(_: &Module, _: Op) -> Vec<View> {
+    Vec::new()
 }
 
 /// A kernel that takes nothing else.
@@ -50,7 +56,7 @@ impl Anchor {
         supports: fn(&Module, Op) -> bool,
         lower: fn(&Fused, &Target) -> Option<Lowered>,
     ) -> Anchor {
-        Anchor { supports, takes: nothing, views: 0, lower }
+        Anchor { supports, takes: nothing, views: none, lower }
     }
 
     /// The same, which can take what comes after it.
@@ -58,15 +64,15 @@ impl Anchor {
         Anchor { takes: rows, ..self }
     }
 
-    /// The same, of which the first so many operands may be views.
-    const fn views(self, views: usize) -> Anchor {
+    /// The same, which reads its operands through views.
+    const fn through(self, views: fn(&Module, Op) -> Vec<View>) -> Anchor {
         Anchor { views, ..self }
     }
 }
 
-const ATTENTION: Anchor = Anchor::alone(attention::supports, attention::lower);
+const ATTENTION: Anchor = Anchor::alone(attention::supports, attention::lower).through(attention::views);
 const BATCHED: Anchor = Anchor::alone(batched::supports, batched::lower);
-const COPY: Anchor = Anchor::alone(copy::supports, copy::lower).views(1);
+const COPY: Anchor = Anchor::alone(copy::supports, copy::lower).through(copy::views);
 const DENSE: Anchor = Anchor::alone(dense::supports, dense::lower).rows();
 const DYNAMIC_QUANTIZE: Anchor = Anchor::alone(quantize::supports_dynamic, quantize::lower_dynamic);
 const GATHER: Anchor = Anchor::alone(gather::supports, gather::lower);
@@ -93,7 +99,7 @@ const ANCHORS: &[(&str, Anchor)] = &[
     ("com.microsoft.QuantizeLinear", QUANTIZE),
     ("com.microsoft.RotaryEmbedding", ROTARY),
     ("onnx.Attention", ATTENTION),
-    ("onnx.Concat", COPY.views(usize::MAX)),
+    ("onnx.Concat", COPY),
     ("onnx.DequantizeLinear", QUANTIZE),
     ("onnx.DynamicQuantizeLinear", DYNAMIC_QUANTIZE),
     ("onnx.Expand", COPY),

@@ -1,5 +1,6 @@
 //! The default command: read a model, run a pipeline, write the result, report.
 
+use super::run::Kind;
 use super::{Context, mixed, print, publish, statistics};
 use crate::calibrate::{self, Calibration};
 use crate::driver::{self, After, Options};
@@ -121,6 +122,9 @@ pub(super) struct Args {
     mixed: mixed::Flags,
     #[command(flatten)]
     calibration: calibrate::Options,
+    /// What computes where a pass gathers activations from runs of the whole model
+    #[arg(long, value_enum, default_value_t, help_heading = "Calibration")]
+    executor: Kind,
     #[command(flatten)]
     statistics: statistics::StatisticsFlags,
     #[command(flatten)]
@@ -333,6 +337,7 @@ fn env(
         term: cx.term,
         scratch: beside.map_or_else(std::env::temp_dir, Path::to_owned),
         store: store.transpose()?,
+        executor: args.executor.executor(false, cx),
         calibration,
         output: None,
         baseline: needed.then(|| Baseline::new(m.clone(), data.measure_samples)),
@@ -412,6 +417,7 @@ fn flags(args: &Args) -> Vec<String> {
         (args.tied == Tied::Shared, "--tied shared"),
         (args.allow_mul, "--allow-mul"),
         (args.keep_opset, "--keep-opset"),
+        (args.executor == Kind::Cpu, "--executor cpu"),
     ];
     let named = [("--recipe", &args.mixed.recipe), ("--stats-in", &args.statistics.stats_in)];
     let named = named

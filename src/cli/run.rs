@@ -50,8 +50,8 @@ pub(super) struct With {
     exact: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
-enum Kind {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Kind {
     /// The interpreter: the reference
     #[default]
     Interp,
@@ -62,9 +62,16 @@ enum Kind {
 impl With {
     /// The executor asked for.
     pub(super) fn executor(&self, cx: &Context) -> Box<dyn Executor> {
+        self.executor.executor(self.exact, cx)
+    }
+}
+
+impl Kind {
+    /// The executor, without the roundings of packed ops if `exact`.
+    pub(super) fn executor(self, exact: bool, cx: &Context) -> Box<dyn Executor> {
         let ops = cx.registry.ops().clone();
-        match self.executor {
-            Kind::Interp => Box::new(Interpreter::new(ops).exact(self.exact)),
+        match self {
+            Kind::Interp => Box::new(Interpreter::new(ops).exact(exact)),
             Kind::Cpu => {
                 let (term, said) = (cx.term, Mutex::new(String::new()));
                 let tell = move |s: &codegen::jit::Summary| {
@@ -76,7 +83,7 @@ impl With {
                         *said = text;
                     }
                 };
-                Box::new(Native::new(ops, Arc::new(Worker)).exact(self.exact).tells(tell))
+                Box::new(Native::new(ops, Arc::new(Worker)).exact(exact).tells(tell))
             }
         }
     }

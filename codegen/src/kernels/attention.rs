@@ -4,16 +4,16 @@
 //! [`attention_tiles`](super::attention_tiles).
 
 use super::attention_tiles::{Form, Mask, ROWS, attention};
-use super::heads::{Access, Heads, Strides, parts};
-use super::{Buffer, Kernel, Lowered, Step, elementwise};
+use super::heads::{Access, Heads};
+use super::{Buffer, Lowered, Step, copy};
 use crate::fuse::Fused;
+use crate::layout::{self, Layout, View};
 use crate::size::Size;
 use crate::target::Target;
-use crate::text::{Scalar, Ty, vector};
 use dialects::ir::{Elem, Module, Op, Value};
 
 /// Where an op has what.
-struct Layout {
+struct Places {
     /// Attributes: numbers of heads of Q, and of K and V; whether a query sees no key behind its own position.
     q_heads: &'static str,
     kv_heads: &'static str,
@@ -25,7 +25,7 @@ struct Layout {
     foreign: &'static [usize],
 }
 
-const MULTI_HEAD: Layout = Layout {
+const MULTI_HEAD: Places = Places {
     q_heads: "num_heads",
     kv_heads: "num_heads",
     causal: "unidirectional",
@@ -34,7 +34,7 @@ const MULTI_HEAD: Layout = Layout {
     foreign: &[3, 4, 8, 9],
 };
 
-const ATTENTION: Layout = Layout {
+const ATTENTION: Places = Places {
     q_heads: "q_num_heads",
     kv_heads: "kv_num_heads",
     causal: "is_causal",
@@ -52,6 +52,8 @@ struct Problem {
     q: Heads,
     k: Heads,
     v: Heads,
+    /// What Q, K and V are read from: views of other values where they can be.
+    seen: [View; 3],
     /// Keys and values before the new ones, and how many.
     past: Option<[Value; 2]>,
     before: Size,
@@ -65,12 +67,12 @@ impl Problem {
     fn of(m: &Module, op: Op) -> Option<Problem> {
         let data = &m.ops[op];
         let microsoft = data.is("com.microsoft.MultiHeadAttention");
-        let layout = if microsoft { MULTI_HEAD } else { ATTENTION };
+        let places = if microsoft { MULTI_HEAD } else { ATTENTION };
         let attrs = &data.attrs;
         let windowed =
             ["left_window_size", "right_window_size"].iter().any(|n| attrs.int(n).is_some_and(|w| w >= 0));
         let known = |v: Value| Size::shape(m.ty(v)).is_some() && m.ty(v).elem() == Some(Elem::F32);
-        if layout.foreign.iter().any(|&i| data.operand(i).is_some())
+        if places.foreign.iter().any(|&i| data.operand(i).is_some())
             || windowed
             || data.result(3).is_some()
             || !data.results.iter().flatten().all(|&v| known(v))
@@ -78,7 +80,7 @@ impl Problem {
             return None;
         }
         let heads = |i: usize, count: &str| Heads::of(m, data.operand(i)?, attrs.int(count));
-        let (q, k, v) = (heads(0, layout.q_heads)?, heads(1, layout.kv_heads)?, heads(2, layout.kv_heads)?);
+        let (q, k, v) = (heads(0, places.q_heads)?, heads(1, places.kv_heads)?, heads(2, places.kv_heads)?);
         let side_by_side = m.ty(data.operand(0)?).dims()?.len() == 3;
         let fits = k.batch == q.batch
             && (&v.batch, v.heads, &v.positions) == (&k.batch, k.heads, &k.positions)
@@ -91,32 +93,65 @@ impl Problem {
         if !fits {
             return None;
         }
-        let (past, before) = match layout.past.map(|i| data.operand(i)) {
+        let (past, before) = match places.past.map(|i| data.operand(i)) {
             [None, None] => (None, Size::Known(0)),
             [Some(pk), Some(pv)] => (Some([pk, pv]), Self::before(m, [pk, pv], [&k, &v])?),
             _ => return None,
         };
         let keys = before.clone() + k.positions.clone();
         let grid = [q.batch.clone(), q.heads.into(), q.positions.clone(), keys];
-        let (mask, form_mask) = match data.operand(layout.mask) {
+        let (mask, form_mask) = match data.operand(places.mask) {
             None => (None, None),
             Some(v) => {
                 let (strides, mask) = Self::mask(m, v, &grid, microsoft)?;
                 (Some((v, strides)), Some(mask))
             }
         };
+        // What a cache is joined to is copied as it is.
+        let alone = past.is_none() && data.results.iter().skip(1).all(Option::is_none);
+        let (q, k, v, seen) =
+            Self::seen(m, [data.operand(0)?, data.operand(1)?, data.operand(2)?], [q, k, v], alone)?;
         let scale = attrs.float("scale").filter(|&s| !microsoft || s != 0.0);
         let form = Form {
             size: q.size,
             value_size: v.size,
             scale: scale.unwrap_or(1.0 / (q.size as f32).sqrt()),
             softcap: attrs.float("softcap").filter(|&c| !microsoft && c > 0.0),
-            causal: attrs.int(layout.causal).unwrap_or(0) != 0,
+            causal: attrs.int(places.causal).unwrap_or(0) != 0,
             mask: form_mask,
         };
         let y = if side_by_side { Access::side_by_side } else { Access::heads_first };
         let y = y(&q.heads.into(), &q.positions, v.size);
-        Some(Problem { form, q, k, v, past, before, mask, y })
+        Some(Problem { form, q, k, v, seen, past, before, mask, y })
+    }
+
+    /// Q, K and V through views, where heads can be read there.
+    fn seen(
+        m: &Module,
+        values: [Value; 3],
+        [q, k, v]: [Heads; 3],
+        alone: bool,
+    ) -> Option<(Heads, Heads, Heads, [View; 3])> {
+        let as_is = |v: Value| {
+            Some(View { root: v, layout: Layout::contiguous(&Size::shape(m.ty(v))?), ops: Vec::new() })
+        };
+        let through = |v: Value, heads: &Heads| {
+            let view = layout::view(m, v)?;
+            // Kernels are given where a buffer begins.
+            let start = view.layout.offset == Size::Known(0);
+            Some((heads.seen(&view.layout).filter(|_| start)?, view))
+        };
+        let (q, q_view) = match through(values[0], &q).filter(|(seen, _)| seen.heads == q.heads) {
+            Some(seen) => seen,
+            None => (q, as_is(values[0])?),
+        };
+        let both = || Some((through(values[1], &k)?, through(values[2], &v)?));
+        let both = both().filter(|((k, _), (v, _))| alone && k.heads == v.heads);
+        let ((k, k_view), (v, v_view)) = match both {
+            Some(both) => both,
+            None => ((k, as_is(values[1])?), (v, as_is(values[2])?)),
+        };
+        Some((q, k, v, [q_view, k_view, v_view]))
     }
 
     /// The number of past positions.
@@ -166,6 +201,11 @@ pub fn supports(m: &Module, op: Op) -> bool {
     Problem::of(m, op).is_some()
 }
 
+/// The views that Q, K and V are read through.
+pub fn views(m: &Module, op: Op) -> Vec<View> {
+    Problem::of(m, op).map_or(Vec::new(), |p| p.seen.into())
+}
+
 /// The kernels. Keys and values are joined where that is asked for; then rows of Q meet them.
 pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     let (m, op) = (fused.module, fused.anchor()?);
@@ -176,17 +216,20 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
         let at = fused.results().iter().position(|&v| Some(v) == data.result(i));
         at.map(Buffer::Result)
     };
-    let q = fused.buffer(data.operand(0)?, &mut lowered.blobs)?;
+    let q = fused.buffer(p.seen[0].root, &mut lowered.blobs)?;
     let mut sources = Vec::new();
     for (i, new) in [&p.k, &p.v].into_iter().enumerate() {
-        let own = fused.buffer(data.operand(1 + i)?, &mut lowered.blobs)?;
+        let own = fused.buffer(p.seen[1 + i].root, &mut lowered.blobs)?;
         let past = match p.past {
             Some(past) => Some(fused.buffer(past[i], &mut lowered.blobs)?),
             None => None,
         };
         sources.push(match (past, result(1 + i)) {
             (None, None) => (own, new.access.clone()),
-            (past, whole) => joined(&mut lowered, target, new, (past, own, whole), &p.before),
+            (past, whole) => {
+                let own = (own, new.layout(&p.seen[1 + i].layout)?);
+                joined(&mut lowered, target, new, (past, own, whole), &p.before)?
+            }
         });
     }
     let keys = p.before.clone() + p.k.positions.clone();
@@ -206,67 +249,28 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     Some(lowered)
 }
 
-/// The step that puts `own` behind `past`, into `whole` or memory of its own; and where all of it lies then.
+/// The steps that put `own` behind `past`, into `whole` or memory of its own; and where all of it lies then.
 fn joined(
     lowered: &mut Lowered,
     target: &Target,
     new: &Heads,
-    (past, own, whole): (Option<Buffer>, Buffer, Option<Buffer>),
+    (past, own, whole): (Option<Buffer>, (Buffer, Layout), Option<Buffer>),
     before: &Size,
-) -> (Buffer, Access) {
+) -> Option<(Buffer, Access)> {
     let all = before.clone() + new.positions.clone();
     let access = Access::heads_first(&new.heads.into(), &all, new.size);
     let whole = whole.unwrap_or_else(|| {
         lowered.temps.push(new.batch.clone() * access.batch.clone() * 4.into());
         Buffer::Temp(lowered.temps.len() - 1)
     });
-    let mut dims = vec![new.heads.into(), before.clone(), new.positions.clone()];
-    dims.extend(new.access.dims());
-    let kernel = join(target, new.size, past.is_some());
-    let buffers = [Some(own), Some(whole.clone()), past].into_iter().flatten().collect();
-    let units = new.batch.clone() * new.heads.into();
-    let work = (all * new.size.into()).div_up(8);
-    lowered.steps.push(Step { kernel, buffers, dims, units, work });
-    (whole, access)
-}
-
-/// Copies heads behind those of a cache. Buffers: the new ones, the whole, the cache if there is one. Sizes: heads, positions
-/// of the cache, new ones, their strides. A unit is a head of a batch.
-fn join(target: &Target, size: usize, cached: bool) -> Kernel {
-    let lanes = target.lanes();
-    Kernel::new(target, "join_heads", |b, a| {
-        let (new, whole) = (a.buffer(b, 0), a.buffer(b, 1));
-        let (heads, before, positions) = (a.dim(b, 0), a.dim(b, 1), a.dim(b, 2));
-        let strides = Strides::of(b, a, 3);
-        let (zero, width) = (b.size(0), b.size(size));
-        let old = b.mul(before, width);
-        let all = b.add(before, positions);
-        let all = b.mul(all, width);
-        b.each(a.begin, a.end, 1, |b, unit| {
-            let (batch, head) = (b.div(unit, heads), b.rem(unit, heads));
-            let at = b.mul(unit, all);
-            let to = b.element(whole, at, Scalar::F32);
-            if cached {
-                let past = a.buffer(b, 2);
-                let at = b.mul(unit, old);
-                let from = b.element(past, at, Scalar::F32);
-                elementwise::vector_loop(b, zero, old, lanes, |b, i, lanes| {
-                    let (from, to) = (b.element(from, i, Scalar::F32), b.element(to, i, Scalar::F32));
-                    let v = b.load(from, Ty { elem: Scalar::F32, lanes });
-                    b.store(v, to);
-                });
-            }
-            let to = b.element(to, old, Scalar::F32);
-            b.each(zero, positions, 1, |b, position| {
-                let from = strides.row(b, new, [batch, head, position]);
-                let at = b.mul(position, width);
-                let to = b.element(to, at, Scalar::F32);
-                parts(b, 0, size, lanes, |b, i, there| {
-                    let (from, to) = (b.element(from, i, Scalar::F32), b.element(to, i, Scalar::F32));
-                    let v = b.load_some(from, vector(lanes, Scalar::F32), there);
-                    b.store_some(v, to, there);
-                });
-            });
-        });
-    })
+    let shape = |positions: &Size| [new.batch.clone(), new.heads.into(), positions.clone(), new.size.into()];
+    let to = Layout::contiguous(&shape(&all));
+    if let Some(past) = past {
+        let from = Layout::contiguous(&shape(before));
+        let to = to.sliced(2, Size::Known(0), before.clone())?;
+        lowered.steps.push(copy::step(target, 4, (past, &from), (whole.clone(), &to))?);
+    }
+    let to = to.sliced(2, before.clone(), new.positions.clone())?;
+    lowered.steps.push(copy::step(target, 4, (own.0, &own.1), (whole.clone(), &to))?);
+    Some((whole, access))
 }

@@ -25,12 +25,6 @@ pub const ROWS: usize = 64;
 /// At most so many rows read K and V where they are.
 const FEW: usize = 8;
 
-/// Keys of a tile, for many rows and for few.
-const KEYS: [usize; 2] = [64, 128];
-
-/// Rows that are multiplied at a time, from the largest block on.
-const BLOCKS: [usize; 4] = [6, 4, 2, 1];
-
 /// Positions among the sizes that the kernel expects: heads of K and V, query positions, query heads to each of them, keys, keys
 /// before the first query; then strides (see [`Strides`]) of Q, K, V and the result, and of the mask between batches, heads and
 /// rows.
@@ -81,7 +75,6 @@ pub fn attention(target: &Target, form: &Form) -> Kernel {
             let left = b.sub(rows, first);
             let count = b.min(left, most);
             let u = Unit { batch, head, first, count, group, keys: sizes[3], past: sizes[4] };
-            let end = t.start(b, a, &u);
             let start = [1, 2].map(|i| {
                 let base = a.buffer(b, i);
                 let strides = Strides::of(b, a, STRIDES + 3 * i);
@@ -91,8 +84,8 @@ pub fn attention(target: &Target, form: &Form) -> Kernel {
             let few = b.cmp(Cmp::Le, count, few);
             b.when_else(
                 few,
-                |b| t.tiles(b, a, &u, end, start, Way::InPlace),
-                |b| t.tiles(b, a, &u, end, start, Way::Copied),
+                |b| t.tiles(b, a, &u, start, Way::InPlace),
+                |b| t.tiles(b, a, &u, start, Way::Copied),
             );
             t.finish(b, a, &u);
         });
@@ -111,8 +104,11 @@ struct Unit {
 }
 
 impl Unit {
-    /// The batch, head and position of row `r` of the block: heads that share keys are neighbours.
+    /// The batch, head and position of row `r` of the block, or of the last one: heads that share keys are neighbours.
     fn place(&self, b: &mut Body, r: Val) -> [Val; 3] {
+        let one = b.size(1);
+        let last = b.sub(self.count, one);
+        let r = b.min(r, last);
         let row = b.add(self.first, r);
         let (position, member) = (b.div(row, self.group), b.rem(row, self.group));
         let head = b.mul(self.head, self.group);
@@ -127,6 +123,41 @@ enum Way {
     InPlace,
     Copied,
 }
+
+impl Way {
+    /// Keys of a tile.
+    const fn keys(self) -> usize {
+        match self {
+            Way::InPlace => 128,
+            Way::Copied => 64,
+        }
+    }
+
+    /// Rows that are multiplied at a time.
+    const fn blocks(self) -> [usize; 2] {
+        match self {
+            Way::InPlace => [4, 1],
+            Way::Copied => [6, 4],
+        }
+    }
+
+    /// So many rows, rounded up to whole blocks: the last row stands for those that are not there.
+    fn rows(self, b: &mut Body, count: Val) -> Val {
+        let [large, small] = self.blocks().map(|n| b.size(n));
+        let whole = b.div(count, large);
+        let whole = b.mul(whole, large);
+        let rest = b.sub(count, whole);
+        let one = b.size(1);
+        let more = b.sub(small, one);
+        let rest = b.add(rest, more);
+        let rest = b.div(rest, small);
+        let rest = b.mul(rest, small);
+        b.add(whole, rest)
+    }
+}
+
+/// Where as many keys lie as there are lanes, from one on.
+type Keys<'k> = dyn Fn(&mut Body, Val) -> Vec<Val> + 'k;
 
 /// Where on the stack what lies, and how large it is.
 struct Tiles {
@@ -160,15 +191,15 @@ impl Tiles {
         let many = b.target.has(Feature::Avx512) || b.target.arch == Arch::Aarch64;
         let up = |n: usize| n.next_multiple_of(lanes);
         let mut floats = |n: usize| b.room(n.div_ceil(2));
-        let scores = (KEYS[0] * ROWS).max(KEYS[1] * FEW);
+        let keys = Way::Copied.keys();
         Tiles {
             lanes,
             sums: if many { 24 } else { 12 },
             q: floats(ROWS * up(form.size)),
             y: floats(ROWS * up(form.value_size)),
-            scores: floats(scores),
-            k: floats(KEYS[0] * form.size),
-            v: floats(KEYS[0] * up(form.value_size)),
+            scores: floats((keys * ROWS).max(Way::InPlace.keys() * FEW)),
+            k: floats(keys * form.size),
+            v: floats(keys * up(form.value_size)),
             top: floats(ROWS),
             shrink: floats(ROWS),
             total: floats(ROWS * lanes),
@@ -200,10 +231,10 @@ impl Tiles {
         b.element(tile, at, Scalar::F32)
     }
 
-    /// `body(first row, rows)` for blocks of rows up to `count`.
-    fn blocks(&self, b: &mut Body, count: Val, body: impl Fn(&mut Body, Val, usize)) {
+    /// `body(first row, rows)` for blocks of rows up to `count`, which are whole blocks.
+    fn blocks(&self, b: &mut Body, count: Val, way: Way, body: impl Fn(&mut Body, Val, usize)) {
         let mut from = b.size(0);
-        for rows in BLOCKS {
+        for rows in way.blocks() {
             let size = b.size(rows);
             let left = b.sub(count, from);
             let whole = b.div(left, size);
@@ -214,8 +245,8 @@ impl Tiles {
         }
     }
 
-    /// Reads the rows of Q and sets sums to nothing. Returns how many keys the last row sees: no other sees more.
-    fn start(&self, b: &mut Body, a: &Args, u: &Unit) -> Val {
+    /// Reads `rows` rows of Q and sets sums to nothing. Returns how many keys the last one sees: no other sees more.
+    fn start(&self, b: &mut Body, a: &Args, u: &Unit, rows: Val) -> Val {
         let base = a.buffer(b, 0);
         let strides = Strides::of(b, a, STRIDES);
         let masks = self.form.mask.map(|_| Strides::of(b, a, STRIDES + 12));
@@ -224,7 +255,7 @@ impl Tiles {
         let least = b.splat(scalar(Scalar::F32), f64::NEG_INFINITY);
         let scale = b.splat(self.floats(), f64::from(self.form.scale));
         let [width, value_width] = self.widths();
-        b.each(zero, u.count, 1, |b, r| {
+        b.each(zero, rows, 1, |b, r| {
             let place = u.place(b, r);
             let from = strides.row(b, base, place);
             let to = self.row(b, self.q, r, width);
@@ -259,25 +290,27 @@ impl Tiles {
                 b.store(offset, at);
             }
         });
-        let last = b.sub(u.count, one);
+        let last = b.sub(rows, one);
         let at = b.element(self.sees, last, Scalar::I64);
         b.load(at, scalar(Scalar::I64))
     }
 
-    /// All tiles of keys before `end`, of K and V from these places on with these elements between positions.
-    fn tiles(&self, b: &mut Body, a: &Args, u: &Unit, end: Val, start: [(Val, Val); 2], way: Way) {
-        let keys = KEYS[usize::from(way == Way::InPlace)];
+    /// All tiles of keys that a row sees, of K and V from these places on with these elements between positions.
+    fn tiles(&self, b: &mut Body, a: &Args, u: &Unit, start: [(Val, Val); 2], way: Way) {
+        let keys = way.keys();
+        let count = way.rows(b, u.count);
+        let end = self.start(b, a, u, count);
         let [(k, k_step), (v, v_step)] = start;
         let (zero, one, most) = (b.size(0), b.size(1), b.size(keys));
         b.each(zero, end, keys, |b, from| {
             let left = b.sub(end, from);
-            let count = b.min(left, most);
+            let there = b.min(left, most);
             let tile = |b: &mut Body, base: Val, step: Val| {
                 let at = b.mul(from, step);
                 b.element(base, at, Scalar::F32)
             };
             let (k, v) = (tile(b, k, k_step), tile(b, v, v_step));
-            let last = b.sub(count, one);
+            let last = b.sub(there, one);
             // Keys in whole vectors: the last one stands for those that are not there.
             let rows = |b: &mut Body, first: Val| -> Vec<Val> {
                 let row = |i: usize| {
@@ -290,24 +323,24 @@ impl Tiles {
                 (0..self.lanes).map(row).collect()
             };
             match way {
-                Way::InPlace => self.scores_in_place(b, u, count, &rows),
-                Way::Copied => self.scores_of_copies(b, u, count, &rows),
+                Way::InPlace => self.scores_in_place(b, count, there, &rows),
+                Way::Copied => self.scores_of_copies(b, count, there, &rows),
             }
-            b.each(zero, u.count, 1, |b, r| self.weigh(b, a, r, from, count, keys));
+            b.each(zero, count, 1, |b, r| self.weigh(b, a, r, from, there, keys));
             let (v, v_step) = match way {
                 Way::InPlace => (v, v_step),
-                Way::Copied => (self.copy_values(b, v, v_step, count), b.size(self.widths()[1])),
+                Way::Copied => (self.copy_values(b, v, v_step, there), b.size(self.widths()[1])),
             };
-            self.blocks(b, u.count, |b, r, rows| self.values(b, (r, rows), (v, v_step), count, keys, way));
+            self.blocks(b, count, way, |b, r, rows| self.values(b, (r, rows), (v, v_step), there, way));
         });
     }
 
-    /// Scores of all rows with the keys of a tile, as many keys at a time as there are lanes.
-    fn scores_in_place(&self, b: &mut Body, u: &Unit, count: Val, rows: &dyn Fn(&mut Body, Val) -> Vec<Val>) {
+    /// Scores of `count` rows with the keys of a tile that are there, as many keys at a time as there are lanes.
+    fn scores_in_place(&self, b: &mut Body, count: Val, there: Val, rows: &Keys) {
         let zero = b.size(0);
-        b.each(zero, count, self.lanes, |b, first| {
+        b.each(zero, there, self.lanes, |b, first| {
             let keys = rows(b, first);
-            b.each(zero, u.count, 1, |b, r| {
+            b.each(zero, count, 1, |b, r| {
                 let q = self.row(b, self.q, r, self.widths()[0]);
                 let step = |b: &mut Body, i: Val, there: usize, sums: &[Val]| -> Vec<Val> {
                     let at = b.element(q, i, Scalar::F32);
@@ -328,7 +361,7 @@ impl Tiles {
                     sums = step(b, to, self.form.size - whole, &sums);
                 }
                 let sums = each_summed(b, sums);
-                let at = self.row(b, self.scores, r, KEYS[1]);
+                let at = self.row(b, self.scores, r, Way::InPlace.keys());
                 let at = b.element(at, first, Scalar::F32);
                 b.store(sums, at);
             });
@@ -336,18 +369,12 @@ impl Tiles {
     }
 
     /// The same from keys that are turned first.
-    fn scores_of_copies(
-        &self,
-        b: &mut Body,
-        u: &Unit,
-        count: Val,
-        rows: &dyn Fn(&mut Body, Val) -> Vec<Val>,
-    ) {
+    fn scores_of_copies(&self, b: &mut Body, count: Val, there: Val, rows: &Keys) {
         let size = self.form.size;
-        let columns = self.columns(BLOCKS[0]);
+        let columns = self.columns(Way::Copied.blocks()[0]);
         let width = columns * self.lanes;
         let (zero, wide) = (b.size(0), b.size(width));
-        b.each(zero, count, width, |b, block| {
+        b.each(zero, there, width, |b, block| {
             let whole = b.size(size);
             let at = b.mul(block, whole);
             let turned = b.element(self.k, at, Scalar::F32);
@@ -370,7 +397,7 @@ impl Tiles {
                     }
                 });
             }
-            self.blocks(b, u.count, |b, r, rows| {
+            self.blocks(b, count, Way::Copied, |b, r, rows| {
                 let q = self.row(b, self.q, r, self.widths()[0]);
                 let steps = b.size(size);
                 let nothing = b.splat(self.floats(), 0.0);
@@ -380,7 +407,7 @@ impl Tiles {
                 for (i, sums) in sums.chunks(columns).enumerate() {
                     let row = b.size(i);
                     let row = b.add(r, row);
-                    let to = self.row(b, self.scores, row, KEYS[0]);
+                    let to = self.row(b, self.scores, row, Way::Copied.keys());
                     let to = b.element(to, block, Scalar::F32);
                     for (c, &v) in sums.iter().enumerate() {
                         let to = b.at_const(to, 4 * c * self.lanes);
@@ -558,16 +585,8 @@ impl Tiles {
     }
 
     /// Adds the values of a tile, weighed, to the sums of `rows` rows from `r` on.
-    fn values(
-        &self,
-        b: &mut Body,
-        (r, rows): (Val, usize),
-        (v, step): (Val, Val),
-        count: Val,
-        keys: usize,
-        way: Way,
-    ) {
-        let columns = self.columns(rows);
+    fn values(&self, b: &mut Body, (r, rows): (Val, usize), (v, step): (Val, Val), count: Val, way: Way) {
+        let (columns, keys) = (self.columns(rows), way.keys());
         let width = self.widths()[1];
         // Vectors that are whole: those on the stack all are.
         let whole = if way == Way::Copied { width } else { self.form.value_size } / self.lanes;

@@ -35,6 +35,13 @@ pub fn supports(m: &Module, op: Op) -> bool {
     }
 }
 
+/// The views that operands are read through.
+pub fn views(m: &Module, op: Op) -> Vec<View> {
+    let data = &m.ops[op];
+    let count = if data.is("onnx.Concat") { data.operands.len() } else { 1 };
+    (0..count).filter_map(|i| layout::view(m, data.operand(i)?)).collect()
+}
+
 /// The axis that values are joined or cut along.
 fn axis(m: &Module, op: Op) -> Option<usize> {
     let data = &m.ops[op];

@@ -4,6 +4,7 @@
 //! another, or another view of it. Only the elements of one row lie side by side.
 
 use super::Args;
+use crate::layout::Layout;
 use crate::size::Size;
 use crate::text::{Body, Scalar, Val};
 use dialects::ir::{Elem, Module, Value};
@@ -30,6 +31,29 @@ impl Access {
     pub fn side_by_side(heads: &Size, positions: &Size, size: usize) -> Access {
         let position = heads.clone() * size.into();
         Access { batch: positions.clone() * position.clone(), head: size.into(), position }
+    }
+
+    /// Of heads in a layout of `[batch, heads, positions, size]`, where elements of a row lie side by side, and how many heads
+    /// there are that differ: the others repeat each of them, so many times running. `None` where they lie otherwise.
+    fn of(layout: &Layout, size: usize) -> Option<(Access, usize)> {
+        let one = |dim: usize| match &layout.dims[dim][..] {
+            [] => Some(Size::Known(0)),
+            [part] => Some(part.stride.clone()),
+            _ => None,
+        };
+        let (batch, position) = (one(0)?, one(2)?);
+        if size > 1 && one(3)? != Size::Known(1) {
+            return None;
+        }
+        let (count, head) = match &layout.dims[1][..] {
+            [differ, repeat] if repeat.stride == Size::Known(0) => (&differ.extent, &differ.stride),
+            [part] if part.stride == Size::Known(0) => (&Size::Known(1), &part.stride),
+            [part] => (&part.extent, &part.stride),
+            [] => (&Size::Known(1), &Size::Known(0)),
+            _ => return None,
+        };
+        let count = usize::try_from(count.known()?).ok()?;
+        Some((Access { batch, head: head.clone(), position }, count))
     }
 
     /// As sizes of a kernel, which [`Strides::of`] reads.
@@ -75,6 +99,23 @@ impl Heads {
             }
             _ => None,
         }
+    }
+
+    /// The layout of `[batch, heads, positions, size]` that `layout` is, which may have the heads side by side.
+    pub fn layout(&self, layout: &Layout) -> Option<Layout> {
+        match layout.dims.len() {
+            4 => Some(layout.clone()),
+            _ => {
+                let apart = [self.batch.clone(), self.positions.clone(), self.heads.into(), self.size.into()];
+                layout.reshaped(&apart)?.transposed(&[0, 2, 1, 3])
+            }
+        }
+    }
+
+    /// The same where they lie as `layout` says, with only those heads that differ.
+    pub fn seen(&self, layout: &Layout) -> Option<Heads> {
+        let (access, heads) = Access::of(&self.layout(layout)?, self.size)?;
+        Some(Heads { heads, access, ..self.clone() })
     }
 }
 

@@ -79,22 +79,28 @@ impl<A: Ord + Clone> Poly<A> {
         Some(out)
     }
 
-    /// a / b where `by` is one product that divides every one of `self`, or a multiple of which `self` is.
+    /// a / b, where that is such a sum again: by long division, the largest products first.
     pub fn div(&self, by: &Poly<A>) -> Option<Poly<A>> {
-        let (divisor, d) = by.terms().next()?;
-        if by.terms.len() == 1 {
-            let each = self.terms().map(|(atoms, n)| {
-                let mut left = atoms.to_vec();
-                for a in divisor {
-                    left.remove(left.iter().position(|l| l == a)?);
-                }
-                (n.checked_rem(d)? == 0).then_some((left, n / d))
-            });
-            return Some(Poly { terms: each.collect::<Option<_>>()? });
+        let (divisor, d) = by.largest()?;
+        let (mut rest, mut quotient) = (self.clone(), Poly::number(0));
+        while let Some((atoms, n)) = rest.largest() {
+            let mut left = atoms.to_vec();
+            for a in divisor {
+                left.remove(left.iter().position(|l| l == a)?);
+            }
+            if n.checked_rem(d)? != 0 {
+                return None;
+            }
+            let part = Poly::number(0).plus(&left, n / d)?;
+            quotient = quotient.add(&part)?;
+            rest = rest.sub(&part.mul(by)?)?;
         }
-        let (_, n) = self.terms().next()?;
-        let times = (n.checked_rem(d)? == 0).then(|| Poly::number(n / d))?;
-        (by.mul(&times)? == *self).then_some(times)
+        Some(quotient)
+    }
+
+    /// The largest product, in an order that multiplication keeps: of more atoms, then of smaller ones.
+    fn largest(&self) -> Option<(&[A], i64)> {
+        self.terms().max_by(|(a, _), (b, _)| a.len().cmp(&b.len()).then_with(|| b.cmp(a)))
     }
 
     /// The same of other atoms.
@@ -181,6 +187,9 @@ mod tests {
         let sum = b.add(&s).unwrap();
         assert_eq!(sum.mul(&n(3)).unwrap().div(&sum), Some(n(3)));
         assert_eq!(sum.mul(&b).unwrap().div(&b), Some(sum.clone()));
+        let product = sum.mul(&b.sub(&s).unwrap()).unwrap();
+        assert_eq!(product.div(&sum), b.sub(&s));
+        assert_eq!(product.add(&n(1)).unwrap().div(&sum), None);
         assert_eq!(sum.div(&b), None);
         assert_eq!(sum.div(&n(0)), None);
     }
