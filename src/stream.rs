@@ -173,19 +173,8 @@ mod tests {
             ..Options::default()
         };
         let calibration = Calibration::open(&options, &m, registry.ops(), &term).unwrap();
-        let env = DriverEnv {
-            ops: registry.ops().clone(),
-            term,
-            scratch: std::env::temp_dir(),
-            calibration: Some(calibration),
-            output: None,
-            baseline: None,
-            store: None,
-            statistics: Default::default(),
-            given_statistics: None,
-            saves_statistics: false,
-            originals: None,
-        };
+        let env =
+            DriverEnv { calibration: Some(calibration), ..DriverEnv::without_data(registry.ops(), term) };
         (m, env)
     }
 

@@ -74,11 +74,11 @@ const ATTENTION: Anchor = Anchor::alone(attention::supports, attention::lower).t
 const BATCHED: Anchor = Anchor::alone(batched::supports, batched::lower);
 const COPY: Anchor = Anchor::alone(copy::supports, copy::lower).through(copy::views);
 const DENSE: Anchor = Anchor::alone(dense::supports, dense::lower).rows();
-const DYNAMIC_QUANTIZE: Anchor = Anchor::alone(quantize::supports_dynamic, quantize::lower_dynamic);
+const DYNAMIC: Anchor = Anchor::alone(quantize::supports_dynamic, quantize::lower_dynamic);
 const GATHER: Anchor = Anchor::alone(gather::supports, gather::lower);
 const GATHER_PACKED: Anchor = Anchor::alone(gather_packed::supports, gather_packed::lower);
-const MATMUL_NBITS: Anchor = Anchor::alone(matmul_nbits::supports, matmul_nbits::lower).rows();
 const INTEGER: Anchor = Anchor::alone(integer::supports, integer::lower).rows();
+const MATMUL_NBITS: Anchor = Anchor::alone(matmul_nbits::supports, matmul_nbits::lower).rows();
 const NORM: Anchor = Anchor::alone(norm::supports, norm::lower);
 const QUANTIZE: Anchor = Anchor::alone(quantize::supports, quantize::lower);
 const RANGE: Anchor = Anchor::alone(range::supports, range::lower);
@@ -101,7 +101,7 @@ const ANCHORS: &[(&str, Anchor)] = &[
     ("onnx.Attention", ATTENTION),
     ("onnx.Concat", COPY),
     ("onnx.DequantizeLinear", QUANTIZE),
-    ("onnx.DynamicQuantizeLinear", DYNAMIC_QUANTIZE),
+    ("onnx.DynamicQuantizeLinear", DYNAMIC),
     ("onnx.Expand", COPY),
     ("onnx.Gather", GATHER),
     ("onnx.GatherElements", GATHER),

@@ -77,17 +77,9 @@ impl<'a> Measuring<'a> {
         data.warnings.iter().for_each(|w| report.warn(w));
         data.notes.iter().for_each(|n| report.note(n));
         let env = DriverEnv {
-            ops: cx.registry.ops().clone(),
-            term: cx.term,
-            scratch: std::env::temp_dir(),
             calibration: Some(data),
-            output: None,
             baseline: Some(Baseline::new(m.clone(), args.calibration.measure_samples)),
-            store: None,
-            statistics: Default::default(),
-            given_statistics: None,
-            saves_statistics: false,
-            originals: None,
+            ..DriverEnv::without_data(cx.registry.ops(), cx.term)
         };
         let settings = Settings::default();
         Ok(Measuring { args, cx, m, env, settings, packer: Arc::new(packer), report })
