@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Compares compiled code with ONNX Runtime, in the same run and with the same threads.
 
-    codegen.py [--qcc target/release/qcc] [--size 4096] [--threads 1,2] [--levels 4,0,f32] [--lm packed.onnx --tokens eval_ids.npy]
+    codegen.py [--qcc target/release/qcc] [--size 4096] [--threads 1,2] [--levels 4,0,f32]
+               [--lm packed.onnx --tokens eval_ids.npy]
 
 Products by a constant matrix of `size` x `size`, for 1, 128 and 512 rows: packed in 4 bits, group 32, at accuracy_level 4
-(int8 activations) and 0 (floats), or of f32; both sides take turns, and the best time of each counts. Of a packed language model: reading a prompt and making
-tokens, ONNX Runtime on the form with a key/value cache that qcc writes. qcc needs the feature mlir.
+(int8 activations) and 0 (floats), or of f32; both sides take turns, and the best time of each counts. Of a packed language
+model: reading a prompt and making tokens, ONNX Runtime on the form with a key/value cache that qcc writes. qcc needs the
+feature mlir.
 (`cargo bench -p qcc-codegen-mlir --features mlir --bench gemv` compares with plain reads of memory.)
 """
 import argparse
@@ -146,7 +148,8 @@ def main():
     parser.add_argument("--qcc", type=pathlib.Path, default=root / "target/release/qcc")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--threads", type=lambda t: [int(n) for n in t.split(",")], default=[1, 2])
-    parser.add_argument("--levels", type=lambda t: [int(n) if n.isdigit() else n for n in t.split(",")], default=[4, 0, "f32"])
+    levels = lambda t: [int(n) if n.isdigit() else n for n in t.split(",")]
+    parser.add_argument("--levels", type=levels, default=[4, 0, "f32"])
     parser.add_argument("--lm", type=pathlib.Path)
     parser.add_argument("--tokens", type=pathlib.Path)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 //! Ranges of a length that is known before, against the interpreter; and of another one, which must be refused.
 
-use crate::harness::{load, targets};
+use crate::harness::{Loaded, load, targets};
 use crate::models::model;
 use codegen::kernels::Buffer;
 use codegen::{Target, fuse, lower};
@@ -10,6 +10,7 @@ use dialects::ir::{Dim, Elem, Module, Type};
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
 use runtime::Fault;
+use std::collections::HashMap;
 
 /// A Range of three inputs.
 fn range(elem: Elem) -> Module {
@@ -24,8 +25,11 @@ graph @main(%a : tensor<{name}>, %b : tensor<{name}>, %c : tensor<1x{name}>) {{
     ))
 }
 
+/// Kernels that were compiled, by name: they do not depend on the length.
+type Cache = HashMap<String, Loaded>;
+
 /// The bytes of a range of `length`, and the fault that was found.
-fn run(target: &Target, given: &[Tensor; 3], length: usize) -> (Vec<u8>, Option<Fault>) {
+fn run(cache: &mut Cache, target: &Target, given: &[Tensor; 3], length: usize) -> (Vec<u8>, Option<Fault>) {
     let mut m = range(given[0].elem());
     let r = m.regions[m.top].results[0];
     m.values[r].ty = Type::tensor(given[0].elem(), [Dim::Known(length as i64)]);
@@ -49,12 +53,14 @@ fn run(target: &Target, given: &[Tensor; 3], length: usize) -> (Vec<u8>, Option<
         .collect();
     let none = |_: &str| None;
     let dims: Vec<i64> = step.dims.iter().map(|d| d.eval(&none).unwrap() as i64).collect();
-    load(target, &[&step.kernel]).call(0, &buffers, &dims, step.units.eval(&none).unwrap() as usize);
+    let name = format!("{target} {}", step.kernel.name);
+    let loaded = cache.entry(name).or_insert_with(|| load(target, &[&step.kernel]));
+    loaded.call(0, &buffers, &dims, step.units.eval(&none).unwrap() as usize);
     assert_eq!(out.split_off(length * size), [0xa5; 8], "written past the end");
     (out, Fault::of(fault))
 }
 
-fn check(given: [Tensor; 3]) {
+fn check(cache: &mut Cache, given: [Tensor; 3]) {
     let m = range(given[0].elem());
     let args = m.regions[m.top].args.iter().copied();
     let inputs: Vec<_> = args.zip(given.iter().map(|t| t.clone().into())).collect();
@@ -63,33 +69,38 @@ fn check(given: [Tensor; 3]) {
     let expected = expected[0].tensor().unwrap();
     let n = expected.len();
     for target in targets() {
-        let (found, fault) = run(&target, &given, n);
+        let (found, fault) = run(cache, &target, &given, n);
         assert_eq!(fault, None, "{target} {given:?}");
         assert_eq!(found, codegen::memory::bytes(expected).unwrap(), "{target} {given:?}");
         for other in [n + 1, n.saturating_sub(1), 0, n + 2000].into_iter().filter(|&l| l != n) {
-            assert_eq!(run(&target, &given, other).1, Some(Fault::Length), "{target} {given:?}: {other}");
+            assert_eq!(
+                run(cache, &target, &given, other).1,
+                Some(Fault::Length),
+                "{target} {given:?}: {other}"
+            );
         }
     }
 }
 
 #[test]
 fn ranges_are_as_long_as_they_say() {
+    let mut cache = Cache::new();
     let last = |t: Tensor| t.reshape(&[1]).unwrap();
     for (start, limit, delta) in [(0i64, 5, 1), (10, 1, -3), (4, 4, 1), (3, 9, -2), (-7, 2052, 2)] {
-        check([Tensor::scalar(start), Tensor::scalar(limit), last(Tensor::scalar(delta))]);
+        check(&mut cache, [Tensor::scalar(start), Tensor::scalar(limit), last(Tensor::scalar(delta))]);
         let [start, limit, delta] = [start, limit, delta].map(|v| Tensor::scalar(v as i32));
-        check([start, limit, last(delta)]);
+        check(&mut cache, [start, limit, last(delta)]);
     }
     for (start, limit, delta) in
-        [(0.5f32, 4.1, 1.0f32), (0.0, 150.0, 0.1), (1.0, 0.0, 0.25), (2.0, -1.0, -0.5)]
+        [(0.5f32, 4.1f32, 1.0f32), (0.0, 150.0, 0.1), (1.0, 0.0, 0.25), (2.0, -1.0, -0.5)]
     {
-        check([Tensor::scalar(start), Tensor::scalar(limit), last(Tensor::scalar(delta))]);
+        check(&mut cache, [Tensor::scalar(start), Tensor::scalar(limit), last(Tensor::scalar(delta))]);
     }
     // No interpreter takes a step of nothing; a limit that is no number is no length.
     let zero = [Tensor::scalar(0i64), Tensor::scalar(5i64), last(Tensor::scalar(0i64))];
     let nan = [Tensor::scalar(0f32), Tensor::scalar(f32::NAN), last(Tensor::scalar(1f32))];
     for target in targets() {
-        assert_eq!(run(&target, &zero, 5).1, Some(Fault::Length));
-        assert_eq!(run(&target, &nan, 5).1, Some(Fault::Length));
+        assert_eq!(run(&mut cache, &target, &zero, 5).1, Some(Fault::Length));
+        assert_eq!(run(&mut cache, &target, &nan, 5).1, Some(Fault::Length));
     }
 }
