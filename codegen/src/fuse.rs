@@ -10,22 +10,34 @@ use crate::lower::{self, Anchor};
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::Scalar;
-use dialects::ir::{Attr, Module, Op, OpBuilder, Region, Type, Use, Value, ValueDef, graph, infer};
+use dialects::ir::{Attr, Module, Op, OpBuilder, Region, Use, Value, ValueDef, graph, infer};
 use dialects::kernel::FUSED;
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-/// Infers the types of `m`. What the file declares of values on the way is left out: kernels rely on sizes.
+/// Ops whose kernels see to it that results are as long as they are said to be.
+const CHECKED: &[&str] = &["onnx.Range"];
+
+/// Infers the types of `m`. What the file declares of values on the way is left out, since kernels rely on sizes; but where
+/// nothing else is known and a kernel checks it.
 pub fn infer(m: &mut Module, ops: &Ops) {
+    let mut declared = Vec::new();
     for op in m.regions[m.top].ops.clone() {
+        let checked = CHECKED.contains(&m.ops[op].name.as_str());
         for v in m.ops[op].results.clone().into_iter().flatten() {
             if m.const_of(v).is_none() {
-                m.values[v].ty = Type::Unknown;
+                let ty = std::mem::take(&mut m.values[v].ty);
+                declared.extend(checked.then_some((v, ty)));
             }
         }
     }
     infer::infer(m, ops);
+    declared.retain(|(v, ty)| Size::shape(m.ty(*v)).is_none() && Size::shape(ty).is_some());
+    if !declared.is_empty() {
+        declared.into_iter().for_each(|(v, ty)| m.values[v].ty = ty);
+        infer::infer(m, ops);
+    }
 }
 
 /// Sets of groups, by number.

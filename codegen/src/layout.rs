@@ -66,6 +66,10 @@ impl Layout {
 
     /// The same elements in another shape, where each dim of it takes whole parts, or parts that it divides.
     pub fn reshaped(&self, shape: &[Size]) -> Option<Layout> {
+        let none = Size::Known(0);
+        if self.dims.iter().flatten().any(|p| p.extent == none) {
+            return shape.contains(&none).then(|| Layout::contiguous(shape));
+        }
         let mut left: Vec<Part> = Vec::new();
         for p in self.dims.iter().flatten() {
             match left.last_mut() {
@@ -305,6 +309,8 @@ mod tests {
         assert!(l.reshaped(&known(&[8, 3])).is_none());
         assert!(l.reshaped(&known(&[23])).is_none());
         assert!(Layout::contiguous(&known(&[4, 6])).reshaped(&known(&[2, 6])).is_none(), "elements are left");
+        let nothing = Layout::contiguous(&known(&[4, 0, 6]));
+        assert!(nothing.reshaped(&known(&[0, 2])).is_some() && nothing.reshaped(&known(&[24])).is_none());
     }
 
     #[test]
