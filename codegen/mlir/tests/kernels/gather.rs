@@ -132,7 +132,7 @@ fn rows_of_quantized_tables() {
 }
 
 /// Whether the executor, and libraries for every target, find `fault` in each of these inputs.
-fn refuse(m: &Module, inputs: &[Vec<(Value, Tensor)>], fault: Fault, most: u64) {
+pub fn refuse(m: &Module, inputs: &[Vec<(Value, Tensor)>], fault: Fault, most: u64) {
     let ops = Ops::standard();
     let wanted = m.regions[m.top].results.clone();
     let native = Native::new(ops.clone(), Arc::new(Here));

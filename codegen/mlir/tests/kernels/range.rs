@@ -1,7 +1,8 @@
 //! Ranges of a length that is known before, against the interpreter; and of another one, which must be refused.
 
+use crate::gather::refuse;
 use crate::harness::{Loaded, load, targets};
-use crate::models::model;
+use crate::models::{built, check_on, model, outside};
 use codegen::kernels::Buffer;
 use codegen::{Target, fuse, lower};
 use dialects::exec::run_once;
@@ -9,7 +10,7 @@ use dialects::ir::interp::Interpreter;
 use dialects::ir::{Dim, Elem, Module, Type};
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
-use runtime::Fault;
+use runtime::{Fault, ModelError};
 use std::collections::HashMap;
 
 /// A Range of three inputs.
@@ -102,5 +103,46 @@ fn ranges_are_as_long_as_they_say() {
     for target in targets() {
         assert_eq!(run(&mut cache, &target, &zero, 5).1, Some(Fault::Length));
         assert_eq!(run(&mut cache, &target, &nan, 5).1, Some(Fault::Length));
+    }
+}
+
+/// A Range of three inputs whose length the model declares to be the dim `s` of another one.
+fn declared(length: Dim) -> Module {
+    let mut m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<s x 1xf32>, %a : tensor<i64>, %b : tensor<i64>, %c : tensor<i64>) {
+  %r = onnx.Range(%a, %b, %c)
+  %y = onnx.Abs(%x)
+  return %r, %y
+}
+",
+    );
+    let r = m.regions[m.top].results[0];
+    m.values[r].ty = Type::tensor(Elem::I64, [length]);
+    m
+}
+
+#[test]
+fn a_declared_length_is_checked() {
+    let of = |s: usize, limit: i64| {
+        let x = Tensor::new(&[s, 1], vec![1f32; s]).unwrap();
+        [x, Tensor::scalar(0i64), Tensor::scalar(limit), Tensor::scalar(1i64)]
+    };
+    let m = declared(Dim::Known(5));
+    let args = m.regions[m.top].args.clone();
+    let given = |limit: i64| args.iter().copied().zip(of(2, limit)).collect::<Vec<_>>();
+    let items = given(5).into_iter().map(|(v, t)| (v, t.into())).collect();
+    check_on(&m, &[items], &|_| Some(2), 2, 0.0);
+    refuse(&m, &[given(6), given(0), given(-5)], Fault::Length, 2);
+    // The executor knows no dim of a Range's operands: only a library takes one of the inputs'.
+    let m = declared(Dim::Sym("s".into()));
+    for target in targets() {
+        let model = built(&m, &Ops::standard(), &target, &|_| Some(5000));
+        for s in [0, 1, 7, 3001] {
+            let out = model.run(&of(s, s as i64).each_ref().map(outside)).unwrap();
+            assert_eq!(out[0].to_i64().unwrap(), (0..s as i64).collect::<Vec<_>>());
+            let e = model.run(&of(s, s as i64 + 1).each_ref().map(outside)).unwrap_err();
+            assert!(matches!(e, ModelError::Fault(Fault::Length)), "{e}");
+        }
     }
 }
