@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Compares compiled code with ONNX Runtime, in the same run and with the same threads.
 
-    codegen.py [--qcc target/release/qcc] [--size 4096] [--threads 1,2] [--lm packed.onnx --tokens eval_ids.npy]
+    codegen.py [--qcc target/release/qcc] [--size 4096] [--threads 1,2] [--levels 4,0,f32]
+               [--lm packed.onnx --tokens eval_ids.npy]
 
-Packed products of `size` x `size`, 4 bits, group 32, at accuracy_level 4 (int8 activations) and 0 (floats), for 1, 128 and
-512 rows; both sides take turns, and the best time of each counts. Of a packed language model: reading a prompt and making
-tokens, ONNX Runtime on the form with a key/value cache that qcc writes. qcc needs the feature mlir.
+Products by a constant matrix of `size` x `size`, for 1, 128 and 512 rows: packed in 4 bits, group 32, at accuracy_level 4
+(int8 activations) and 0 (floats), or of f32; both sides take turns, and the best time of each counts. Of a packed language
+model: reading a prompt and making tokens, ONNX Runtime on the form with a key/value cache that qcc writes. qcc needs the
+feature mlir.
 (`cargo bench -p qcc-codegen-mlir --features mlir --bench gemv` compares with plain reads of memory.)
 """
 import argparse
@@ -48,9 +50,15 @@ def product(path, size, level):
         numpy_helper.from_array(rng.integers(0, 256, (size, groups, GROUP // 2), dtype=np.uint8), "codes"),
         numpy_helper.from_array(rng.random(size * groups, dtype=np.float32) * 0.01, "scales"),
     ]
+    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", size])
+    if level == "f32":
+        constants = [numpy_helper.from_array(rng.standard_normal((size, size), dtype=np.float32), "w")]
+        node = helper.make_node("MatMul", ["x", "w"], ["y"])
+        graph = helper.make_graph([node], "product", [value("x")], [value("y")], constants)
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+        return
     attributes = {"K": size, "N": size, "bits": 4, "block_size": GROUP, "accuracy_level": level}
     node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **attributes)
-    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", size])
     graph = helper.make_graph([node], "product", [value("x")], [value("y")], constants)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
@@ -58,7 +66,7 @@ def product(path, size, level):
 
 def products(args, folder):
     print(f"{'rows':>5} {'level':>5} {'threads':>7} {'qcc ms':>9} {'ORT ms':>9} {'ORT / qcc':>9}")
-    for level in (4, 0):
+    for level in args.levels:
         path, given = folder / f"level{level}.onnx", folder / "x.npy"
         product(path, args.size, level)
         for rows in (1, 128, 512):
@@ -140,6 +148,8 @@ def main():
     parser.add_argument("--qcc", type=pathlib.Path, default=root / "target/release/qcc")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--threads", type=lambda t: [int(n) for n in t.split(",")], default=[1, 2])
+    levels = lambda t: [int(n) if n.isdigit() else n for n in t.split(",")]
+    parser.add_argument("--levels", type=levels, default=[4, 0, "f32"])
     parser.add_argument("--lm", type=pathlib.Path)
     parser.add_argument("--tokens", type=pathlib.Path)
     args = parser.parse_args()

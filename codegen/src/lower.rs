@@ -3,7 +3,7 @@
 use crate::fuse::Fused;
 use crate::kernels::{
     Lowered, attention, batched, copy, dense, elementwise, gather, gather_packed, integer, matmul_nbits,
-    norm, quantize, range, rotary, sizes, softmax,
+    norm, quantize, range, reduce, rotary, sizes, softmax,
 };
 use crate::layout::View;
 use crate::target::Target;
@@ -82,6 +82,7 @@ const MATMUL_NBITS: Anchor = Anchor::alone(matmul_nbits::supports, matmul_nbits:
 const NORM: Anchor = Anchor::alone(norm::supports, norm::lower);
 const QUANTIZE: Anchor = Anchor::alone(quantize::supports, quantize::lower);
 const RANGE: Anchor = Anchor::alone(range::supports, range::lower);
+const REDUCE: Anchor = Anchor::alone(reduce::supports, reduce::lower);
 const ROTARY: Anchor = Anchor::alone(rotary::supports, rotary::lower);
 const SOFTMAX: Anchor = Anchor::alone(softmax::supports, softmax::lower);
 
@@ -92,6 +93,7 @@ const SIZES: Anchor = Anchor::alone(sizes::supports, sizes::lower);
 const ANCHORS: &[(&str, Anchor)] = &[
     ("com.microsoft.DequantizeLinear", QUANTIZE),
     ("com.microsoft.GatherBlockQuantized", GATHER_PACKED),
+    ("com.microsoft.MatMulIntegerToFloat", INTEGER),
     ("com.microsoft.MatMulNBits", MATMUL_NBITS),
     ("com.microsoft.MultiHeadAttention", ATTENTION),
     ("com.microsoft.QuantizeLinear", QUANTIZE),
@@ -110,9 +112,17 @@ const ANCHORS: &[(&str, Anchor)] = &[
     ("onnx.MatMul", DENSE),
     ("onnx.MatMul", BATCHED),
     ("onnx.MatMulInteger", INTEGER),
+    ("onnx.QLinearMatMul", INTEGER),
     ("onnx.QuantizeLinear", QUANTIZE),
     ("onnx.RMSNormalization", NORM),
     ("onnx.Range", RANGE),
+    ("onnx.ReduceL1", REDUCE),
+    ("onnx.ReduceL2", REDUCE),
+    ("onnx.ReduceMax", REDUCE),
+    ("onnx.ReduceMean", REDUCE),
+    ("onnx.ReduceMin", REDUCE),
+    ("onnx.ReduceSum", REDUCE),
+    ("onnx.ReduceSumSquare", REDUCE),
     ("onnx.RotaryEmbedding", ROTARY),
     ("onnx.SimplifiedLayerNormalization", NORM),
     ("onnx.Slice", COPY),

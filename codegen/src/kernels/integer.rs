@@ -1,41 +1,90 @@
-//! MatMulInteger by a constant matrix of 8-bit codes, and the elementwise ops after it on its sums.
+//! Products by a constant matrix of 8-bit codes, and the elementwise ops after them on their sums: MatMulInteger gives the
+//! sums, MatMulIntegerToFloat scales them, QLinearMatMul makes codes of them, in double precision as the interpreter does.
 //!
 //! Zero points are taken away first, which leaves numbers of 9 bits: of W when it is packed, of X row by row. Pairs of them are
 //! multiplied and added up in 32 bits, which is exact (`pmaddwd`; `pmaddubsw`, twice as wide, saturates).
 
 use super::epilogue::{Epilogue, Spot};
 use super::panel::{self, Form, Store};
-use super::{Args, Buffer, Kernel, Lowered, Step};
+use super::{Args, Buffer, Kernel, Lowered, Step, elementwise};
 use crate::fuse::Fused;
 use crate::size::Size;
 use crate::target::Target;
-use crate::text::{Body, Scalar, Val, scalar, vector};
+use crate::text::{Body, Cmp, Scalar, Val, scalar, vector};
 use dialects::ir::{Elem, Module, Op, Value};
 use dialects::tensor::Tensor;
 
-/// Codes of u8 or i8 by a constant matrix of them; one zero point of X, constant ones of W for all of it or for each column.
-pub fn supports(m: &Module, op: Op) -> bool {
-    sizes(m, op).is_some()
+/// A product of codes: its operands by what they mean, and its sizes.
+struct Product {
+    x: Value,
+    w: Value,
+    x_zero: Option<Value>,
+    w_zero: Option<Value>,
+    n: usize,
+    k: usize,
+    outcome: Outcome,
 }
 
-/// Outputs and inputs.
-fn sizes(m: &Module, op: Op) -> Option<(usize, usize)> {
+/// What is made of a sum.
+enum Outcome {
+    /// Nothing.
+    Sum,
+    /// `sum * (x_scale * w_scale) + bias`
+    Float { scales: [Value; 2], bias: Option<Value> },
+    /// `round(sum * x_scale * w_scale / y_scale) + y_zero`, saturated.
+    Codes { scales: [Value; 3], zero: Value, signed: bool },
+}
+
+impl Outcome {
+    /// What is read as operands of elementwise ops are.
+    fn operands(&self) -> Vec<Value> {
+        match self {
+            Outcome::Sum => Vec::new(),
+            Outcome::Float { scales, bias } => scales.iter().copied().chain(*bias).collect(),
+            Outcome::Codes { scales, .. } => scales.to_vec(),
+        }
+    }
+}
+
+/// Codes of u8 or i8 by a constant matrix of them; one scale and zero point of X and of codes that come out; scales of W for all
+/// of it or for each column, and constant zero points likewise.
+pub fn supports(m: &Module, op: Op) -> bool {
+    of(m, op).is_some()
+}
+
+fn of(m: &Module, op: Op) -> Option<Product> {
     let data = &m.ops[op];
-    let (x, w) = (data.operand(0)?, data.operand(1)?);
-    let [k, n] = m.consts[m.const_of(w)?].shape()[..] else { return None };
-    let (from, result) = (Size::shape(m.ty(x))?, Size::shape(m.ty(data.result(0)?))?);
-    let one = |v: Value| {
-        let single = Size::shape(m.ty(v)).is_some_and(|s| Size::product(&s) == Size::Known(1));
-        signed(m, v) == signed(m, x) && single
+    let at = |i: usize| data.operand(i);
+    let y = data.result(0)?;
+    let (x, w, x_zero, w_zero, outcome) = match data.name.as_str() {
+        "onnx.MatMulInteger" => (at(0)?, at(1)?, at(2), at(3), Outcome::Sum),
+        "onnx.QLinearMatMul" => {
+            let (scales, zero, signed) = ([at(1)?, at(4)?, at(6)?], at(7)?, signed(m, at(7)?)?);
+            (at(0)?, at(3)?, at(2), at(5), Outcome::Codes { scales, zero, signed })
+        }
+        _ => (at(0)?, at(1)?, at(4), at(5), Outcome::Float { scales: [at(2)?, at(3)?], bias: at(6) }),
     };
+    let [k, n] = m.consts[m.const_of(w)?].shape()[..] else { return None };
+    let (from, to) = (Size::shape(m.ty(x))?, Size::shape(m.ty(y))?);
+    let count = |v: Value| Size::shape(m.ty(v)).map(|s| Size::product(&s));
+    let one = |v: Value| count(v) == Some(Size::Known(1));
     let each = |v: Value| m.const_of(v).is_some_and(|c| [1, n as u64].contains(&m.consts[c].count()));
+    let float = |v: Value| m.ty(v).elem() == Some(Elem::F32);
+    let meets = |v: &Value| Size::shape(m.ty(*v)).is_some_and(|s| elementwise::steps(&s, &to).is_some());
+    let ends = match &outcome {
+        Outcome::Sum => true,
+        Outcome::Float { scales, .. } => one(scales[0]),
+        Outcome::Codes { scales, zero, .. } => one(scales[0]) && one(scales[2]) && one(*zero),
+    };
     let fits = signed(m, x).is_some()
         && signed(m, w).is_some()
         && from.last() == Some(&Size::from(k))
-        && result.last() == Some(&Size::from(n))
-        && data.operand(2).is_none_or(one)
-        && data.operand(3).is_none_or(each);
-    fits.then_some((n, k))
+        && to.last() == Some(&Size::from(n))
+        && x_zero.is_none_or(|z| signed(m, z) == signed(m, x) && one(z))
+        && w_zero.is_none_or(each)
+        && ends
+        && outcome.operands().iter().all(|v| float(*v) && meets(v));
+    fits.then_some(Product { x, w, x_zero, w_zero, n, k, outcome })
 }
 
 /// Whether the codes of `v` are signed, if they are codes.
@@ -54,12 +103,11 @@ fn codes(m: &Module, v: Value) -> Option<Vec<i64>> {
 /// The kernels: X is centred, its rows brought together, then multiplied.
 pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     let (m, op) = (fused.module, fused.anchor()?);
-    let (n, k) = sizes(m, op)?;
-    let data = &m.ops[op];
+    let Product { x, w, x_zero, w_zero, n, k, outcome } = of(m, op)?;
     let domain = fused.domain()?;
     let rows = Size::product(&domain[..domain.len() - 1]);
-    let mut w = codes(m, data.operand(1)?)?;
-    if let Some(zeros) = data.operand(3) {
+    let mut w = codes(m, w)?;
+    if let Some(zeros) = w_zero {
         let zeros = codes(m, zeros)?;
         w.iter_mut().enumerate().for_each(|(i, w)| *w -= zeros[i % n % zeros.len()]);
     }
@@ -74,24 +122,73 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     });
 
     let mut lowered = Lowered { temps: vec![rows.clone() * (4 * form.k).into()], ..Lowered::default() };
-    let x = data.operand(0)?;
     let mut buffers = vec![fused.buffer(x, &mut lowered.blobs)?, Buffer::Temp(0)];
-    if let Some(zero) = data.operand(2) {
+    if let Some(zero) = x_zero {
         buffers.push(fused.buffer(zero, &mut lowered.blobs)?);
     }
-    let kernel = centre(target, k, signed(m, x)?, data.operand(2).is_some());
+    let kernel = centre(target, k, signed(m, x)?, x_zero.is_some());
     lowered.steps.push(Step { kernel, buffers, dims: Vec::new(), units: rows.clone(), work: (k / 8).into() });
-    let epilogue = Epilogue::new(fused, &domain, n, None)?;
+    let epilogue = Epilogue::new(fused, &domain, n, outcome.operands())?;
     let mut read = Vec::new();
     for &v in &epilogue.operands {
         read.push(fused.buffer(v, &mut lowered.blobs)?);
     }
+    let last = read.len();
+    if let Outcome::Codes { zero, .. } = outcome {
+        read.push(fused.buffer(zero, &mut lowered.blobs)?);
+    }
     let finish = |b: &mut Body, a: &Args, first: usize, spot: Spot, sum: Val| {
-        epilogue.emit(b, a, first, spot, form.lanes, |_, _| sum)
+        epilogue.emit(b, a, first, spot, form.lanes, |b, values| match &outcome {
+            Outcome::Sum => sum,
+            Outcome::Float { scales, bias } => {
+                let sum = b.cast(sum, Scalar::F32);
+                let scale = b.mul(values[&scales[0]], values[&scales[1]]);
+                let y = b.mul(sum, scale);
+                bias.map_or(y, |bias| b.add(y, values[&bias]))
+            }
+            Outcome::Codes { scales, signed, .. } => {
+                let zero = a.buffer(b, first + last);
+                let zero = b.load(zero, scalar(Scalar::I8));
+                coded(b, sum, scales.map(|s| values[&s]), zero, *signed)
+            }
+        })
     };
     let ends = (fused.results().len(), read);
     panel::product(&mut lowered, target, &form, Buffer::Temp(0), packed, &rows, ends, &finish);
     Some(lowered)
+}
+
+/// `round(sum * x_scale * w_scale / y_scale) + zero`, saturated, in double precision; NaN is code 0.
+fn coded(b: &mut Body, sum: Val, [x, w, y]: [Val; 3], zero: Val, signed: bool) -> Val {
+    let wide = sum.ty.of(Scalar::F64);
+    let sum = b.cast(sum, Scalar::F64);
+    let [x, w, y] = [x, w, y].map(|s| b.cast(s, Scalar::F64));
+    let v = b.mul(sum, x);
+    let v = b.mul(v, w);
+    let v = b.div(v, y);
+    let none = b.splat(wide, 0.0);
+    let number = b.cmp(Cmp::Eq, v, v);
+    // Far beyond what is not saturated, and near enough to be rounded by adding 1.5 * 2^52.
+    let [most, least] = [1e6, -1e6].map(|l| b.splat(wide, l));
+    let near = b.min_finite(v, most);
+    let near = b.max_finite(near, least);
+    let magic = b.splat(wide, 6_755_399_441_055_744.0);
+    let near = b.add(near, magic);
+    let near = b.sub(near, magic);
+    let zero = match signed {
+        true => b.cast(zero, Scalar::I32),
+        false => b.widen_unsigned(zero, Scalar::I32),
+    };
+    let zero = b.cast(zero, Scalar::F64);
+    let zero = b.broadcast(zero, wide.lanes);
+    let code = b.add(near, zero);
+    let (low, high) = if signed { (-128.0, 127.0) } else { (0.0, 255.0) };
+    let (low, high) = (b.splat(wide, low), b.splat(wide, high));
+    let code = b.min_finite(code, high);
+    let code = b.max_finite(code, low);
+    let code = b.select(number, code, none);
+    let code = b.cast(code, Scalar::I32);
+    b.cast(code, Scalar::I8)
 }
 
 /// Codes less their zero point, as i16, in an even number. Buffers: X, result, and the zero point if there is one. A unit is a

@@ -26,6 +26,7 @@ pub mod panel;
 pub mod pointwise;
 pub mod quantize;
 pub mod range;
+pub mod reduce;
 pub mod rotary;
 pub mod sizes;
 pub mod softmax;

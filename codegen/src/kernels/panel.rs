@@ -173,7 +173,7 @@ pub fn product(
     });
     let mut buffers = vec![x, tiles, blob];
     buffers.extend((0..results).map(Buffer::Result).chain(read));
-    // Some 64 steps to a nanosecond. More than `ROWS` rows are more units, each of which is worth a thread then.
+    // Some 64 steps take a nanosecond. More than `ROWS` rows are more units, each of which is worth a thread then.
     let work = (rows.clone() * (form.k * PANELS * form.width()).into()).div_up(64);
     let units = Size::from(form.panels().div_ceil(PANELS)) * rows.clone().div_up(ROWS as u64);
     let kernel = multiply(target, form, results, finish);

@@ -1,10 +1,10 @@
-//! What indices pick, and lengths that are computed, against the interpreter; and data that must be refused.
+//! What indices pick, against the interpreter; and indices that must be refused.
 
 use crate::harness::targets;
 use crate::models::{Here, built, check, check_on, model, outside};
 use codegen::Native;
 use dialects::exec::Executor;
-use dialects::ir::{Attr, Dim, Elem, Module, OpBuilder, Type, Value, infer};
+use dialects::ir::{Attr, Module, OpBuilder, Type, Value, infer};
 use dialects::ops::{Item, Ops};
 use dialects::tensor::Tensor;
 use rand::{RngExt, SeedableRng};
@@ -132,7 +132,7 @@ fn rows_of_quantized_tables() {
 }
 
 /// Whether the executor, and libraries for every target, find `fault` in each of these inputs.
-fn refuse(m: &Module, inputs: &[Vec<(Value, Tensor)>], fault: Fault, most: u64) {
+pub fn refuse(m: &Module, inputs: &[Vec<(Value, Tensor)>], fault: Fault, most: u64) {
     let ops = Ops::standard();
     let wanted = m.regions[m.top].results.clone();
     let native = Native::new(ops.clone(), Arc::new(Here));
@@ -185,78 +185,6 @@ graph @main(%x : tensor<s x 8xf32>, %i : tensor<3xi64>, %j : tensor<1 x 2xi64>, 
     let empty = [none, ids(&[3], &[0; 3]), ids(&[1, 2], &[0; 2]), ids(&[0, 1], &[])];
     let empty = args.iter().copied().zip(empty).collect();
     refuse(&m, &bad.into_iter().chain([empty]).collect::<Vec<_>>(), Fault::Index, 4);
-}
-
-/// A Range of scalars whose length is declared to be the dim `s` of another input.
-fn range(elem: Elem, s: Dim) -> Module {
-    let name = elem.name();
-    let mut m = model(&format!(
-        "module ir_version=10 opsets {{onnx=21}}
-graph @main(%x : tensor<s x 1xf32>, %a : tensor<{name}>, %b : tensor<{name}>, %c : tensor<1x{name}>) {{
-  %r = onnx.Range(%a, %b, %c)
-  %y = onnx.Abs(%x)
-  return %r, %y
-}}
-"
-    ));
-    let r = m.regions[m.top].results[0];
-    m.values[r].ty = Type::tensor(elem, [s]);
-    m
-}
-
-#[test]
-fn ranges_are_as_long_as_they_say() {
-    let integers = [(5, 0i64, 5i64, 1i64), (3, 10, 1, -3), (0, 4, 4, 1), (0, 3, 9, -2), (1030, -7, 2052, 2)];
-    for (n, start, limit, delta) in integers {
-        let m = range(Elem::I64, Dim::Known(n));
-        let args = m.regions[m.top].args.clone();
-        let x = Tensor::new(&[2, 1], vec![1f32; 2]).unwrap();
-        let given = |limit: i64| {
-            let scalar = |n: i64| Tensor::scalar(n);
-            let operands = [x.clone(), scalar(start), scalar(limit), Tensor::new(&[1], vec![delta]).unwrap()];
-            args.iter().copied().zip(operands).collect::<Vec<_>>()
-        };
-        let items = given(limit).into_iter().map(|(v, t)| (v, t.into())).collect();
-        check_on(&m, &[items], &|_| Some(2), 2, 0.0);
-        // Beyond the limit, and none of what was to come.
-        let bad = [limit + 10 * delta, start].map(given);
-        refuse(&m, &bad[..if n == 0 { 1 } else { 2 }], Fault::Length, 2);
-    }
-    for (n, start, limit, delta) in [(4, 0.5f32, 4.1, 1.0f32), (1500, 0.0, 150.0, 0.1), (0, 1.0, 0.0, 0.25)] {
-        let m = range(Elem::F32, Dim::Known(n));
-        let args = m.regions[m.top].args.clone();
-        let x = Tensor::new(&[1, 1], vec![1f32]).unwrap();
-        let given = |limit: f32| {
-            let operands = [
-                x.clone(),
-                Tensor::scalar(start),
-                Tensor::scalar(limit),
-                Tensor::new(&[1], vec![delta]).unwrap(),
-            ];
-            args.iter().copied().zip(operands).collect::<Vec<_>>()
-        };
-        let items = given(limit).into_iter().map(|(v, t)| (v, t.into())).collect();
-        check_on(&m, &[items], &|_| Some(2), 2, 0.0);
-        let bad = [limit + 4.0, f32::NAN].map(given);
-        refuse(&m, &bad[..if n == 0 { 1 } else { 2 }], Fault::Length, 2);
-    }
-}
-
-#[test]
-fn a_range_as_long_as_a_dim() {
-    let m = range(Elem::I64, Dim::Sym("s".into()));
-    let (zero, one) = (Tensor::scalar(0i64), Tensor::new(&[1], vec![1i64]).unwrap());
-    for target in targets() {
-        let model = built(&m, &Ops::standard(), &target, &|_| Some(5000));
-        for s in [0, 1, 7, 3001] {
-            let x = Tensor::new(&[s, 1], vec![1f32; s]).unwrap();
-            let given = |limit: usize| [x.clone(), zero.clone(), Tensor::scalar(limit as i64), one.clone()];
-            let out = model.run(&given(s).each_ref().map(outside)).unwrap();
-            assert_eq!(out[0].to_i64().unwrap(), (0..s as i64).collect::<Vec<_>>());
-            let e = model.run(&given(s + 1).each_ref().map(outside)).unwrap_err();
-            assert!(matches!(e, ModelError::Fault(Fault::Length)), "{e}");
-        }
-    }
 }
 
 #[test]

@@ -91,12 +91,13 @@ fn products_of_codes_and_what_comes_after_them() {
         (512, 65, Elem::I8, Elem::U8, Some(65)),
     ] {
         let mut m = model(&format!(
-            "module ir_version=10 opsets {{onnx=21}}
-graph @main(%x : tensor<b x s x {k}x{0}>, %z : tensor<{0}>, %scale : tensor<f32>) {{
+            "module ir_version=10 opsets {{com.microsoft=1, onnx=21}}
+graph @main(%x : tensor<b x s x {k}x{0}>, %z : tensor<{0}>, %scale : tensor<f32>, %u : tensor<1x{1}>) {{
   return %x
 }}
 ",
-            x.name()
+            x.name(),
+            w.name()
         ));
         let args = m.regions[m.top].args.clone();
         let table = m.add_const(m.top, "", codes(w, &[k, n], &mut rng).to_const());
@@ -115,14 +116,30 @@ graph @main(%x : tensor<b x s x {k}x{0}>, %z : tensor<{0}>, %scale : tensor<f32>
         let float = m.ops[float].results[0].unwrap();
         let scaled = push(&mut m, "onnx.Mul", &[float, args[2]]);
         let y = push(&mut m, "onnx.Add", &[scaled, bias]);
-        m.regions[m.top].results = vec![y, bare];
+        let scales: Vec<f32> = (0..n).map(|_| rng.random_range(0.001f32..0.1)).collect();
+        let scales = m.add_const(m.top, "", Tensor::new(&[n], scales).unwrap().to_const());
+        let mut given = vec![args[0], table, args[2], scales, args[1]];
+        given.extend(operands.get(3));
+        let f = push(&mut m, "com.microsoft.MatMulIntegerToFloat", &given);
+        let t = push(&mut m, "onnx.Tanh", &[f]);
+        let w_zero = operands.get(3).copied();
+        let w_zero = w_zero.unwrap_or_else(|| {
+            let zero = Tensor::new(&[1], Data::I8(vec![0])).unwrap();
+            m.add_const(m.top, "", zero.to_const())
+        });
+        let third = m.add_const(m.top, "", Tensor::scalar(0.3f32).to_const());
+        let given = [args[0], args[2], args[1], table, scales, w_zero, third, args[3]];
+        let q = push(&mut m, "onnx.QLinearMatMul", &given);
+        m.regions[m.top].results = vec![y, bare, t, q];
         assert!(infer::infer(&mut m, &Ops::standard()).is_empty());
         let mut run = |b: usize, s: usize| {
-            let given = [codes(x, &[b, s, k], &mut rng), codes(x, &[], &mut rng), Tensor::scalar(0.01f32)];
+            let scale = Tensor::scalar(0.01f32);
+            let given =
+                [codes(x, &[b, s, k], &mut rng), codes(x, &[], &mut rng), scale, codes(w, &[1], &mut rng)];
             args.iter().copied().zip(given.map(Item::from)).collect::<Vec<_>>()
         };
         let runs = [run(1, 1), run(2, 7), run(1, 0), run(1, 100)];
-        check_on(&m, &runs, &|_| Some(100), 5, 0.0);
+        check_on(&m, &runs, &|_| Some(100), 8, 1e-7);
     }
 }
 

@@ -10,5 +10,7 @@ mod models;
 mod movement;
 mod packed;
 mod pointwise;
+mod range;
+mod reduce;
 mod rotary;
 mod softmax;
