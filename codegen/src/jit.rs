@@ -11,8 +11,8 @@ use runtime::{Call, Fault, Kernels};
 use self_cell::self_cell;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tempfile::TempDir;
 
 /// Compiles what it can and interprets the rest.
@@ -22,10 +22,39 @@ pub struct Native {
     compiler: Arc<dyn Compiler>,
     exact: bool,
     told: Option<Told>,
+    clock: Option<Clock>,
 }
 
-/// Hears what became of each module that is prepared.
-type Told = Box<dyn Fn(&Summary) + Send + Sync>;
+/// Hears what became of each module that is prepared, and what its runs took.
+type Told = Box<dyn Fn(&dyn fmt::Display) + Send + Sync>;
+
+/// Nanoseconds since some moment.
+pub type Clock = fn() -> u64;
+
+/// What the ops that were left to the interpreter took.
+#[derive(Clone, Debug, Default)]
+pub struct Costs {
+    /// Runs.
+    pub runs: u64,
+    /// Nanoseconds of all of them.
+    pub total: u64,
+    /// Nanoseconds by op.
+    pub interpreted: BTreeMap<String, u64>,
+}
+
+impl fmt::Display for Costs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let milliseconds = |n: u64| n as f64 / 1e6 / self.runs.max(1) as f64;
+        let left: u64 = self.interpreted.values().sum();
+        let share = 100.0 * left as f64 / self.total.max(1) as f64;
+        let total = milliseconds(self.total);
+        write!(f, "interpreted ops take {share:.1} % of a run's {total:.3} ms")?;
+        let mut each: Vec<_> = self.interpreted.iter().collect();
+        each.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
+        let each = each.iter().map(|(op, n)| format!("{op} {:.3} ms", milliseconds(**n)));
+        write!(f, ": {}", each.collect::<Vec<_>>().join(", "))
+    }
+}
 
 /// What became of a module.
 #[derive(Clone, Debug, Default)]
@@ -57,7 +86,7 @@ impl fmt::Display for Summary {
 impl Native {
     /// Compiles for this machine.
     pub fn new(ops: Ops, compiler: Arc<dyn Compiler>) -> Native {
-        Native { ops, target: Target::native(), compiler, exact: false, told: None }
+        Native { ops, target: Target::native(), compiler, exact: false, told: None, clock: None }
     }
 
     /// The same, leaving out the roundings of activations that `accuracy_level` 4 allows, if `exact`.
@@ -65,9 +94,10 @@ impl Native {
         Native { exact, ..self }
     }
 
-    /// Tells `told` what became of each module that is prepared.
-    pub fn tells(self, told: impl Fn(&Summary) + Send + Sync + 'static) -> Native {
-        Native { told: Some(Box::new(told)), ..self }
+    /// Tells `told` what became of each module that is prepared; and, where ops were left to the interpreter, what they took
+    /// by this clock once its runs are over.
+    pub fn tells(self, clock: Clock, told: impl Fn(&dyn fmt::Display) + Send + Sync + 'static) -> Native {
+        Native { told: Some(Box::new(told)), clock: Some(clock), ..self }
     }
 
     /// Compiles `m` for runs in which `given` are there beside the inputs, keeping these and the values of `keep`.
@@ -91,6 +121,7 @@ impl Native {
         let known = Named::of(&m, given);
         let mut summary = Summary::default();
         let mut lowered = Vec::new();
+        let mut left = HashMap::new();
         for &op in &m.regions[m.top].ops {
             match lower::lower(&m, op, &self.target).filter(|l| known.all(&m, op, l)) {
                 Some(l) => {
@@ -99,7 +130,11 @@ impl Native {
                 }
                 // A view computes nothing.
                 None if layout::is_same(&m, op) => {}
-                None => summary.interpreted.extend(fuse::members(&m, op)),
+                None => {
+                    let members: Vec<_> = fuse::members(&m, op).collect();
+                    left.extend(members.first().map(|(name, _)| (op, name.clone())));
+                    summary.interpreted.extend(members);
+                }
             }
         }
         let kernels: Vec<_> = lowered.iter().flat_map(|(_, l)| l.steps.iter().map(|s| &s.kernel)).collect();
@@ -131,7 +166,9 @@ impl Native {
             let results = results.collect();
             (op, NativeOp { steps: steps.collect(), temps: l.temps, blobs: l.blobs, operands, results })
         });
-        let compiled = Compiled { ops: ops.collect(), known, kernels: loaded, _dir: dir };
+        let (ops, clock) = (ops.collect(), self.clock);
+        let compiled =
+            Compiled { ops, known, kernels: loaded, left, clock, costs: Mutex::default(), _dir: dir };
         Ok((m, compiled, summary))
     }
 }
@@ -201,6 +238,10 @@ pub struct Compiled {
     ops: HashMap<Op, NativeOp>,
     known: Named,
     kernels: Option<Kernels>,
+    /// The ops that are the interpreter's, by name.
+    left: HashMap<Op, String>,
+    clock: Option<Clock>,
+    costs: Mutex<Costs>,
     _dir: TempDir,
 }
 
@@ -284,9 +325,19 @@ fn run(kernels: &Kernels, call: &Call) {
     unsafe { kernels.call(call) }
 }
 
+impl Compiled {
+    fn now(&self) -> u64 {
+        self.clock.map_or(0, |clock| clock())
+    }
+
+    fn costs(&self) -> MutexGuard<'_, Costs> {
+        self.costs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Natives for Compiled {
     fn start<'a>(&'a self, given: &[(Value, Item)]) -> Box<dyn Calls + 'a> {
-        Box::new(Session { compiled: self, dims: self.known.bind(given) })
+        Box::new(Session { compiled: self, dims: self.known.bind(given), start: self.now() })
     }
 }
 
@@ -294,12 +345,31 @@ impl Natives for Compiled {
 struct Session<'a> {
     compiled: &'a Compiled,
     dims: HashMap<&'a str, u64>,
+    start: u64,
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        let took = self.compiled.now() - self.start;
+        let mut costs = self.compiled.costs();
+        costs.runs += 1;
+        costs.total += took;
+    }
 }
 
 impl Calls for Session<'_> {
     fn call(&self, op: Op, operands: &[Option<Item>]) -> Option<Evaluated> {
         let native = self.compiled.ops.get(&op)?;
         native.run(self.compiled.kernels.as_ref()?, operands, &self.dims)
+    }
+
+    fn leave(&self, op: Op, compute: &mut dyn FnMut()) {
+        let start = self.compiled.now();
+        compute();
+        if let Some(name) = self.compiled.left.get(&op) {
+            let took = self.compiled.now() - start;
+            *self.compiled.costs().interpreted.entry(name.clone()).or_default() += took;
+        }
     }
 }
 
@@ -318,11 +388,24 @@ self_cell! {
     }
 }
 
-struct NativeRun(Running);
+struct NativeRun<'m> {
+    running: Running,
+    compiled: Arc<Compiled>,
+    told: Option<&'m Told>,
+}
 
-impl Prepared for NativeRun {
+impl Prepared for NativeRun<'_> {
     fn run(&self, inputs: &[(Value, Item)], sink: &mut Sink) -> Result<(), ExecError> {
-        self.0.with_dependent(|_, ready| ready.run(inputs, sink))
+        self.running.with_dependent(|_, ready| ready.run(inputs, sink))
+    }
+}
+
+impl Drop for NativeRun<'_> {
+    fn drop(&mut self) {
+        let costs = self.compiled.costs();
+        if let Some(told) = self.told.filter(|_| !costs.interpreted.is_empty()) {
+            told(&*costs);
+        }
     }
 }
 
@@ -334,12 +417,14 @@ impl Executor for Native {
         wanted: &[Value],
     ) -> Result<Box<dyn Prepared + 'm>, ExecError> {
         let (module, compiled, summary) = self.compile(m, given, wanted)?;
-        if let Some(told) = &self.told {
+        let told = self.told.as_ref();
+        if let Some(told) = told {
             told(&summary);
         }
-        let interpreter = Interpreter::new(self.ops.clone()).exact(self.exact).natives(Arc::new(compiled));
+        let compiled = Arc::new(compiled);
+        let interpreter = Interpreter::new(self.ops.clone()).exact(self.exact).natives(compiled.clone());
         let owner = Owner { module, interpreter };
         let running = Running::try_new(owner, |o| o.interpreter.prepare_from(&o.module, given, wanted))?;
-        Ok(Box::new(NativeRun(running)))
+        Ok(Box::new(NativeRun { running, compiled, told }))
     }
 }

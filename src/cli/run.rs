@@ -17,7 +17,7 @@ use dialects::ops::Item;
 use dialects::tensor::{Data, Tensor};
 use serde::Serialize;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 #[derive(clap::Args)]
@@ -66,6 +66,12 @@ impl With {
     }
 }
 
+/// Nanoseconds since the first call.
+fn nanoseconds() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
 impl Kind {
     /// The executor, without the roundings of packed ops if `exact`.
     pub(super) fn executor(self, exact: bool, cx: &Context) -> Box<dyn Executor> {
@@ -74,8 +80,8 @@ impl Kind {
             Kind::Interp => Box::new(Interpreter::new(ops).exact(exact)),
             Kind::Cpu => {
                 let (term, said) = (cx.term, Mutex::new(String::new()));
-                let tell = move |s: &codegen::jit::Summary| {
-                    let text = s.to_string();
+                let tell = move |what: &dyn std::fmt::Display| {
+                    let text = what.to_string();
                     let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
                     // A command may prepare a model more than once.
                     if !term.quiet() && *said != text {
@@ -83,7 +89,7 @@ impl Kind {
                         *said = text;
                     }
                 };
-                Box::new(Native::new(ops, Arc::new(Worker)).exact(exact).tells(tell))
+                Box::new(Native::new(ops, Arc::new(Worker)).exact(exact).tells(nanoseconds, tell))
             }
         }
     }

@@ -33,6 +33,9 @@ pub trait Natives: Send + Sync {
 pub trait Calls {
     /// The results of `op` of the top region on these operands; `None` for an op that is the interpreter's.
     fn call(&self, op: Op, operands: &[Option<Item>]) -> Option<Evaluated>;
+
+    /// Has the interpreter compute `op`.
+    fn leave(&self, op: Op, compute: &mut dyn FnMut());
 }
 
 /// Runs modules op by op.
@@ -409,7 +412,7 @@ impl Ready<'_> {
             self.m.regions[r].results.iter().map(|&v| self.m.ty(v).clone()).collect()
         };
         let native = env.natives.as_ref().and_then(|n| n.call(step.op, operands));
-        let items = native.unwrap_or_else(|| match step.callee {
+        let compute = || match step.callee {
             Callee::Native(def) => (def.eval)(&EvalCx {
                 name: &data.name,
                 attrs: &attrs,
@@ -427,6 +430,14 @@ impl Ready<'_> {
                 Some(bodies) => bodies.call(f, operands, &attrs, &data.results),
                 None => self.call(f, operands, &attrs, &data.results),
             },
+        };
+        let items = native.unwrap_or_else(|| match &env.natives {
+            None => compute(),
+            Some(natives) => {
+                let mut items = Ok(Vec::new());
+                natives.leave(step.op, &mut || items = compute());
+                items
+            }
         });
         let items = items.map_err(fail)?;
         let wanted = data.results.iter().rposition(Option::is_some).map_or(0, |i| i + 1);
