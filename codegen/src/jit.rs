@@ -1,7 +1,7 @@
 //! The executor that compiles: what is fused runs as machine code, every other op in the interpreter.
 
 use crate::kernels::{Blob, Buffer, Lowered};
-use crate::{Compiler, Size, Target, build, fuse, lower, memory};
+use crate::{Compiler, Size, Target, build, fuse, layout, lower, memory};
 use dialects::exec::{ExecError, Executor, Prepared, Sink};
 use dialects::ir::interp::{Calls, Interpreter, Natives};
 use dialects::ir::{Elem, Module, Op, Value};
@@ -97,9 +97,9 @@ impl Native {
                     summary.compiled += fuse::members(&m, op).count();
                     lowered.push((op, l));
                 }
-                None => {
-                    summary.interpreted.extend(fuse::members(&m, op));
-                }
+                // A view computes nothing.
+                None if layout::is_same(&m, op) => {}
+                None => summary.interpreted.extend(fuse::members(&m, op)),
             }
         }
         let kernels: Vec<_> = lowered.iter().flat_map(|(_, l)| l.steps.iter().map(|s| &s.kernel)).collect();

@@ -44,7 +44,7 @@ const ATTENTION: Places = Places {
 };
 
 /// Elements of a head beyond which tiles would take too much of the stack.
-const LARGEST: usize = 512;
+const LARGEST: usize = 256;
 
 /// An op, taken apart.
 struct Problem {
@@ -244,7 +244,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     }
     let rows = p.q.positions.clone() * (p.q.heads / p.k.heads).into();
     let units = p.q.batch.clone() * p.k.heads.into() * rows.clone().div_up(ROWS as u64);
-    let work = rows * keys * ((p.form.size + p.form.value_size) / 32 + 1).into();
+    let work = keys * (ROWS * (p.form.size + p.form.value_size) / 32 + 1).into();
     lowered.steps.push(Step { kernel: attention(target, &p.form), buffers, dims, units, work });
     Some(lowered)
 }

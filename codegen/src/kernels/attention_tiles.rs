@@ -15,12 +15,17 @@
 //! to nothing gives zeros.
 
 use super::heads::{Strides, parts};
-use super::{Args, Kernel, elementwise, math, pointwise};
+use super::lanes::{each_summed, transposed};
+use super::{Args, Kernel};
 use crate::target::{Arch, Feature, Target};
 use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar, vector};
 
-/// Query rows of a unit.
-pub const ROWS: usize = 64;
+/// Query rows of a unit: K and V are copied once for all of them.
+pub const ROWS: usize = 2 * PART;
+
+/// Rows whose scores with a tile of keys are kept at a time, in the first level of the cache beside the keys. A multiple of all
+/// blocks of rows but the last.
+const PART: usize = 66;
 
 /// At most so many rows read K and V where they are.
 const FEW: usize = 8;
@@ -28,7 +33,7 @@ const FEW: usize = 8;
 /// Positions among the sizes that the kernel expects: heads of K and V, query positions, query heads to each of them, keys, keys
 /// before the first query; then strides (see [`Strides`]) of Q, K, V and the result, and of the mask between batches, heads and
 /// rows.
-const STRIDES: usize = 5;
+pub(super) const STRIDES: usize = 5;
 
 /// A mask that is added to the scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,19 +98,19 @@ pub fn attention(target: &Target, form: &Form) -> Kernel {
 }
 
 /// A block of rows of a head of K and V.
-struct Unit {
-    batch: Val,
-    head: Val,
-    first: Val,
-    count: Val,
-    group: Val,
-    keys: Val,
-    past: Val,
+pub(super) struct Unit {
+    pub(super) batch: Val,
+    pub(super) head: Val,
+    pub(super) first: Val,
+    pub(super) count: Val,
+    pub(super) group: Val,
+    pub(super) keys: Val,
+    pub(super) past: Val,
 }
 
 impl Unit {
     /// The batch, head and position of row `r` of the block, or of the last one: heads that share keys are neighbours.
-    fn place(&self, b: &mut Body, r: Val) -> [Val; 3] {
+    pub(super) fn place(&self, b: &mut Body, r: Val) -> [Val; 3] {
         let one = b.size(1);
         let last = b.sub(self.count, one);
         let r = b.min(r, last);
@@ -119,14 +124,14 @@ impl Unit {
 
 /// How K and V are read.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
+pub(super) enum Way {
     InPlace,
     Copied,
 }
 
 impl Way {
     /// Keys of a tile.
-    const fn keys(self) -> usize {
+    pub(super) const fn keys(self) -> usize {
         match self {
             Way::InPlace => 128,
             Way::Copied => 64,
@@ -152,37 +157,47 @@ impl Way {
         let rest = b.add(rest, more);
         let rest = b.div(rest, small);
         let rest = b.mul(rest, small);
+        let rest = b.min(rest, large);
         b.add(whole, rest)
     }
+}
+
+/// Rows `from..to` of a unit, of those from `base` on whose scores are kept together.
+pub(super) struct Part {
+    pub(super) base: Val,
+    pub(super) from: Val,
+    pub(super) to: Val,
 }
 
 /// Where as many keys lie as there are lanes, from one on.
 type Keys<'k> = dyn Fn(&mut Body, Val) -> Vec<Val> + 'k;
 
 /// Where on the stack what lies, and how large it is.
-struct Tiles {
-    form: Form,
-    lanes: usize,
+pub(super) struct Tiles {
+    pub(super) form: Form,
+    pub(super) lanes: usize,
     /// Vectors of sums that registers hold beside what is multiplied.
-    sums: usize,
+    pub(super) sums: usize,
     /// Rows of Q, scaled, with zeros up to whole vectors.
-    q: Val,
+    pub(super) q: Val,
     /// Sums of V, a row to a row, with as many columns as whole vectors have.
-    y: Val,
+    pub(super) y: Val,
     /// Scores, then weights.
-    scores: Val,
+    pub(super) scores: Val,
     /// The keys of a tile, turned: blocks of some keys of `[size, keys of a block]`.
-    k: Val,
+    pub(super) k: Val,
     /// The values of a tile.
-    v: Val,
-    /// The largest score of each row, the factor by which the sums of a row shrink in this tile, and the sum of its weights in
-    /// lanes.
-    top: Val,
-    shrink: Val,
-    total: Val,
+    pub(super) v: Val,
+    /// The largest score of each row in this tile, and in all; what weights are the exponentials beside; the factor by which
+    /// sums shrink in this tile; the sum of weights in lanes.
+    pub(super) now: Val,
+    pub(super) top: Val,
+    pub(super) beside: Val,
+    pub(super) shrink: Val,
+    pub(super) total: Val,
     /// How many keys each row sees, and where its mask starts.
-    sees: Val,
-    mask: Val,
+    pub(super) sees: Val,
+    pub(super) mask: Val,
 }
 
 impl Tiles {
@@ -192,16 +207,19 @@ impl Tiles {
         let up = |n: usize| n.next_multiple_of(lanes);
         let mut floats = |n: usize| b.room(n.div_ceil(2));
         let keys = Way::Copied.keys();
+        let numbers = Self::numbers(lanes);
         Tiles {
             lanes,
             sums: if many { 24 } else { 12 },
             q: floats(ROWS * up(form.size)),
             y: floats(ROWS * up(form.value_size)),
-            scores: floats((keys * ROWS).max(Way::InPlace.keys() * FEW)),
+            scores: floats((keys * PART).max(Way::InPlace.keys() * FEW)),
             k: floats(keys * form.size),
             v: floats(keys * up(form.value_size)),
-            top: floats(ROWS),
-            shrink: floats(ROWS),
+            top: floats(numbers),
+            now: floats(numbers),
+            beside: floats(numbers),
+            shrink: floats(numbers),
             total: floats(ROWS * lanes),
             sees: floats(2 * ROWS),
             mask: floats(2 * ROWS),
@@ -209,12 +227,17 @@ impl Tiles {
         }
     }
 
-    fn floats(&self) -> Ty {
+    /// Room for a number to each row, with a vector behind the last.
+    fn numbers(lanes: usize) -> usize {
+        (ROWS + lanes).next_multiple_of(lanes)
+    }
+
+    pub(super) fn floats(&self) -> Ty {
         vector(self.lanes, Scalar::F32)
     }
 
     /// Elements from one row of Q to the next, and of the sums of V.
-    fn widths(&self) -> [usize; 2] {
+    pub(super) fn widths(&self) -> [usize; 2] {
         [self.form.size, self.form.value_size].map(|n| n.next_multiple_of(self.lanes))
     }
 
@@ -225,18 +248,24 @@ impl Tiles {
     }
 
     /// Row `r` of a tile on the stack whose rows have `width` elements.
-    fn row(&self, b: &mut Body, tile: Val, r: Val, width: usize) -> Val {
+    pub(super) fn row(&self, b: &mut Body, tile: Val, r: Val, width: usize) -> Val {
         let width = b.size(width);
         let at = b.mul(r, width);
         b.element(tile, at, Scalar::F32)
     }
 
-    /// `body(first row, rows)` for blocks of rows up to `count`, which are whole blocks.
-    fn blocks(&self, b: &mut Body, count: Val, way: Way, body: impl Fn(&mut Body, Val, usize)) {
-        let mut from = b.size(0);
+    /// The scores of row `r`.
+    pub(super) fn scores(&self, b: &mut Body, part: &Part, r: Val, way: Way) -> Val {
+        let r = b.sub(r, part.base);
+        self.row(b, self.scores, r, way.keys())
+    }
+
+    /// `body(first row, rows)` for blocks of rows, which are whole.
+    fn blocks(&self, b: &mut Body, part: &Part, way: Way, body: impl Fn(&mut Body, Val, usize)) {
+        let mut from = part.from;
         for rows in way.blocks() {
             let size = b.size(rows);
-            let left = b.sub(count, from);
+            let left = b.sub(part.to, from);
             let whole = b.div(left, size);
             let whole = b.mul(whole, size);
             let to = b.add(from, whole);
@@ -252,7 +281,13 @@ impl Tiles {
         let masks = self.form.mask.map(|_| Strides::of(b, a, STRIDES + 12));
         let (zero, one) = (b.size(0), b.size(1));
         let nothing = b.splat(self.floats(), 0.0);
-        let least = b.splat(scalar(Scalar::F32), f64::NEG_INFINITY);
+        let least = b.splat(self.floats(), f64::NEG_INFINITY);
+        for tops in [self.top, self.now] {
+            parts(b, 0, Self::numbers(self.lanes), self.lanes, |b, i, _| {
+                let at = b.element(tops, i, Scalar::F32);
+                b.store(least, at);
+            });
+        }
         let scale = b.splat(self.floats(), f64::from(self.form.scale));
         let [width, value_width] = self.widths();
         b.each(zero, rows, 1, |b, r| {
@@ -270,8 +305,6 @@ impl Tiles {
                 let to = b.element(to, i, Scalar::F32);
                 b.store(nothing, to);
             });
-            let at = b.element(self.top, r, Scalar::F32);
-            b.store(least, at);
             let at = self.row(b, self.total, r, self.lanes);
             b.store(nothing, at);
             let sees = match self.form.causal {
@@ -297,12 +330,11 @@ impl Tiles {
 
     /// All tiles of keys that a row sees, of K and V from these places on with these elements between positions.
     fn tiles(&self, b: &mut Body, a: &Args, u: &Unit, start: [(Val, Val); 2], way: Way) {
-        let keys = way.keys();
         let count = way.rows(b, u.count);
         let end = self.start(b, a, u, count);
         let [(k, k_step), (v, v_step)] = start;
-        let (zero, one, most) = (b.size(0), b.size(1), b.size(keys));
-        b.each(zero, end, keys, |b, from| {
+        let (zero, one, most) = (b.size(0), b.size(1), b.size(way.keys()));
+        b.each(zero, end, way.keys(), |b, from| {
             let left = b.sub(end, from);
             let there = b.min(left, most);
             let tile = |b: &mut Body, base: Val, step: Val| {
@@ -312,7 +344,7 @@ impl Tiles {
             let (k, v) = (tile(b, k, k_step), tile(b, v, v_step));
             let last = b.sub(there, one);
             // Keys in whole vectors: the last one stands for those that are not there.
-            let rows = |b: &mut Body, first: Val| -> Vec<Val> {
+            let keys = |b: &mut Body, first: Val| -> Vec<Val> {
                 let row = |i: usize| {
                     let i = b.size(i);
                     let i = b.add(first, i);
@@ -322,25 +354,56 @@ impl Tiles {
                 };
                 (0..self.lanes).map(row).collect()
             };
-            match way {
-                Way::InPlace => self.scores_in_place(b, count, there, &rows),
-                Way::Copied => self.scores_of_copies(b, count, there, &rows),
-            }
-            b.each(zero, count, 1, |b, r| self.weigh(b, a, r, from, there, keys));
             let (v, v_step) = match way {
                 Way::InPlace => (v, v_step),
-                Way::Copied => (self.copy_values(b, v, v_step, there), b.size(self.widths()[1])),
+                Way::Copied => {
+                    self.turn_keys(b, there, &keys);
+                    (self.copy_values(b, v, v_step, there), b.size(self.widths()[1]))
+                }
             };
-            self.blocks(b, count, way, |b, r, rows| self.values(b, (r, rows), (v, v_step), there, way));
+            let first = self.first_that_sees(b, u, from, way);
+            let part = b.size(PART);
+            let start = b.div(first, part);
+            let start = b.mul(start, part);
+            b.each(start, count, PART, |b, base| {
+                let next = b.add(base, part);
+                let part = Part { base, from: b.max(base, first), to: b.min(next, count) };
+                match way {
+                    Way::InPlace => self.scores_in_place(b, &part, there, &keys),
+                    Way::Copied => self.scores_of_copies(b, &part, there),
+                }
+                self.weigh(b, a, &part, from, there, way);
+                self.blocks(b, &part, way, |b, r, rows| {
+                    self.values(b, &part, (r, rows), (v, v_step), there, way);
+                });
+            });
         });
     }
 
-    /// Scores of `count` rows with the keys of a tile that are there, as many keys at a time as there are lanes.
-    fn scores_in_place(&self, b: &mut Body, count: Val, there: Val, rows: &Keys) {
+    /// The first row of a block that sees a key from `from` on, where rows are multiplied in whole blocks.
+    fn first_that_sees(&self, b: &mut Body, u: &Unit, from: Val, way: Way) -> Val {
+        let zero = b.size(0);
+        if !self.form.causal {
+            return zero;
+        }
+        let large = b.size(way.blocks()[0]);
+        let whole = b.div(u.count, large);
+        let whole = b.mul(whole, large);
+        let position = b.sub(from, u.past);
+        let row = b.mul(position, u.group);
+        let row = b.sub(row, u.first);
+        let row = b.max(row, zero);
+        let row = b.div(row, large);
+        let row = b.mul(row, large);
+        b.min(row, whole)
+    }
+
+    /// Scores of rows with the keys of a tile that are there, as many keys at a time as there are lanes.
+    fn scores_in_place(&self, b: &mut Body, part: &Part, there: Val, keys: &Keys) {
         let zero = b.size(0);
         b.each(zero, there, self.lanes, |b, first| {
-            let keys = rows(b, first);
-            b.each(zero, count, 1, |b, r| {
+            let keys = keys(b, first);
+            b.each(part.from, part.to, 1, |b, r| {
                 let q = self.row(b, self.q, r, self.widths()[0]);
                 let step = |b: &mut Body, i: Val, there: usize, sums: &[Val]| -> Vec<Val> {
                     let at = b.element(q, i, Scalar::F32);
@@ -361,58 +424,66 @@ impl Tiles {
                     sums = step(b, to, self.form.size - whole, &sums);
                 }
                 let sums = each_summed(b, sums);
-                let at = self.row(b, self.scores, r, Way::InPlace.keys());
+                let at = self.scores(b, part, r, Way::InPlace);
                 let at = b.element(at, first, Scalar::F32);
                 b.store(sums, at);
             });
         });
     }
 
-    /// The same from keys that are turned first.
-    fn scores_of_copies(&self, b: &mut Body, count: Val, there: Val, rows: &Keys) {
-        let size = self.form.size;
-        let columns = self.columns(Way::Copied.blocks()[0]);
-        let width = columns * self.lanes;
-        let (zero, wide) = (b.size(0), b.size(width));
-        b.each(zero, there, width, |b, block| {
-            let whole = b.size(size);
+    /// Keys that are multiplied at a time where they are turned.
+    fn panel(&self) -> usize {
+        self.columns(Way::Copied.blocks()[0]) * self.lanes
+    }
+
+    /// Turns the keys of a tile.
+    fn turn_keys(&self, b: &mut Body, there: Val, keys: &Keys) {
+        let (size, panel) = (self.form.size, self.panel());
+        let (zero, width, whole) = (b.size(0), b.size(panel), b.size(size));
+        b.each(zero, there, panel, |b, block| {
             let at = b.mul(block, whole);
             let turned = b.element(self.k, at, Scalar::F32);
-            for column in 0..columns {
-                let first = b.size(column * self.lanes);
+            for column in (0..panel).step_by(self.lanes) {
+                let first = b.size(column);
                 let first = b.add(block, first);
-                let keys = rows(b, first);
-                let to = b.at_const(turned, 4 * column * self.lanes);
+                let keys = keys(b, first);
+                let to = b.at_const(turned, 4 * column);
                 parts(b, 0, size, self.lanes, |b, i, there| {
                     let elements = keys.iter().map(|&key| {
                         let at = b.element(key, i, Scalar::F32);
                         b.load_some(at, self.floats(), there)
                     });
                     let elements = elements.collect();
-                    let at = b.mul(i, wide);
+                    let at = b.mul(i, width);
                     let to = b.element(to, at, Scalar::F32);
                     for (i, v) in transposed(b, elements).into_iter().take(there).enumerate() {
-                        let to = b.at_const(to, 4 * i * width);
+                        let to = b.at_const(to, 4 * i * panel);
                         b.store(v, to);
                     }
                 });
             }
-            self.blocks(b, count, Way::Copied, |b, r, rows| {
+        });
+    }
+
+    /// Scores of rows with the keys of a tile that are there, which are turned.
+    fn scores_of_copies(&self, b: &mut Body, part: &Part, there: Val) {
+        let (size, panel) = (self.form.size, self.panel());
+        let (zero, width, whole) = (b.size(0), b.size(panel), b.size(size));
+        let columns = vec![self.lanes; panel / self.lanes];
+        b.each(zero, there, panel, |b, block| {
+            let at = b.mul(block, whole);
+            let turned = b.element(self.k, at, Scalar::F32);
+            self.blocks(b, part, Way::Copied, |b, r, rows| {
                 let q = self.row(b, self.q, r, self.widths()[0]);
-                let steps = b.size(size);
                 let nothing = b.splat(self.floats(), 0.0);
-                let start = vec![nothing; rows * columns];
-                let there = vec![self.lanes; columns];
-                let sums = self.product(b, (q, self.widths()[0]), (turned, wide), steps, &there, &start);
-                for (i, sums) in sums.chunks(columns).enumerate() {
-                    let row = b.size(i);
-                    let row = b.add(r, row);
-                    let to = self.row(b, self.scores, row, Way::Copied.keys());
-                    let to = b.element(to, block, Scalar::F32);
-                    for (c, &v) in sums.iter().enumerate() {
-                        let to = b.at_const(to, 4 * c * self.lanes);
-                        b.store(v, to);
-                    }
+                let start = vec![nothing; rows * columns.len()];
+                let sums = self.product(b, (q, self.widths()[0]), (turned, width), whole, &columns, &start);
+                let to = self.scores(b, part, r, Way::Copied);
+                let to = b.element(to, block, Scalar::F32);
+                for (i, v) in sums.into_iter().enumerate() {
+                    let (row, column) = (i / columns.len(), i % columns.len());
+                    let to = b.at_const(to, 4 * (row * Way::Copied.keys() + column * self.lanes));
+                    b.store(v, to);
                 }
             });
         });
@@ -450,124 +521,6 @@ impl Tiles {
         })
     }
 
-    /// Turns the scores of row `r` with `count` keys from `from` on into weights.
-    fn weigh(&self, b: &mut Body, a: &Args, r: Val, from: Val, count: Val, keys: usize) {
-        let zero = b.size(0);
-        let row = self.row(b, self.scores, r, keys);
-        let number = scalar(Scalar::F32);
-        if let Some(cap) = self.form.softcap {
-            b.each(zero, count, self.lanes, |b, i| {
-                let at = b.element(row, i, Scalar::F32);
-                let s = b.load(at, self.floats());
-                let cap = b.splat(s.ty, f64::from(cap));
-                let s = b.div(s, cap);
-                let s = math::tanh(b, s);
-                let s = b.mul(s, cap);
-                b.store(s, at);
-            });
-        }
-        if let Some(mask) = self.form.mask {
-            self.add_mask(b, a, mask, row, r, from, count);
-        }
-        self.hide(b, row, r, from, count);
-
-        let least = b.splat(self.floats(), f64::NEG_INFINITY);
-        let top = b.repeat(zero, count, self.lanes, &[least], |b, i, top| {
-            let at = b.element(row, i, Scalar::F32);
-            let s = b.load(at, self.floats());
-            // A NaN is passed over, and makes the sum NaN.
-            vec![b.max_finite(s, top[0])]
-        });
-        let top = b.fold(top[0], Body::max_finite);
-        let top_at = b.element(self.top, r, Scalar::F32);
-        let old = b.load(top_at, number);
-        let top = b.max_finite(top, old);
-        b.store(top, top_at);
-        // Where all is masked so far there is nothing to compare with: weights are 0 beside any number.
-        let least = b.splat(number, f64::NEG_INFINITY);
-        let nothing = b.cmp(Cmp::Eq, top, least);
-        let none = b.splat(number, 0.0);
-        let top = b.select(nothing, none, top);
-        let shrink = b.sub(old, top);
-        let shrink = math::exp_below(b, shrink);
-        let at = b.element(self.shrink, r, Scalar::F32);
-        b.store(shrink, at);
-
-        let total_at = self.row(b, self.total, r, self.lanes);
-        let total = b.load(total_at, self.floats());
-        let (shrink, top) = (b.broadcast(shrink, self.lanes), b.broadcast(top, self.lanes));
-        let total = b.mul(total, shrink);
-        let total = b.repeat(zero, count, self.lanes, &[total], |b, i, total| {
-            let at = b.element(row, i, Scalar::F32);
-            let s = b.load(at, self.floats());
-            let s = b.sub(s, top);
-            let w = math::exp_below(b, s);
-            b.store(w, at);
-            vec![b.add(total[0], w)]
-        });
-        b.store(total[0], total_at);
-    }
-
-    /// Adds row `r` of the mask to its scores.
-    #[allow(clippy::too_many_arguments)]
-    fn add_mask(&self, b: &mut Body, a: &Args, mask: Mask, row: Val, r: Val, from: Val, count: Val) {
-        let zero = b.size(0);
-        let elem = if mask.bools { Scalar::I1 } else { Scalar::F32 };
-        let base = a.buffer(b, 4);
-        let at = b.element(self.mask, r, Scalar::I64);
-        let offset = b.load(at, scalar(Scalar::I64));
-        let offset = if mask.along { b.add(offset, from) } else { offset };
-        let base = elementwise::element(b, base, offset, elem);
-        elementwise::vector_loop(b, zero, count, self.lanes, |b, i, lanes| {
-            let score_at = b.element(row, i, Scalar::F32);
-            let s = b.load(score_at, Ty { elem: Scalar::F32, lanes });
-            let m = match mask.along {
-                true => {
-                    let at = elementwise::element(b, base, i, elem);
-                    pointwise::load(b, at, Ty { elem, lanes })
-                }
-                false => {
-                    let one = pointwise::load(b, base, scalar(elem));
-                    b.spread(one, lanes)
-                }
-            };
-            let least = b.splat(s.ty, f64::NEG_INFINITY);
-            let s = match mask.bools {
-                true => b.select(m, s, least),
-                false => {
-                    let masked = b.cmp(Cmp::Eq, m, least);
-                    let sum = b.add(s, m);
-                    b.select(masked, least, sum)
-                }
-            };
-            b.store(s, score_at);
-        });
-    }
-
-    /// Takes away the scores of keys that row `r` does not see, up to the end of the last vector.
-    fn hide(&self, b: &mut Body, row: Val, r: Val, from: Val, count: Val) {
-        let (zero, width) = (b.size(0), b.size(self.lanes));
-        let at = b.element(self.sees, r, Scalar::I64);
-        let sees = b.load(at, scalar(Scalar::I64));
-        let sees = b.sub(sees, from);
-        let sees = b.max(sees, zero);
-        let sees = b.min(sees, count);
-        let whole = b.div(sees, width);
-        let whole = b.mul(whole, width);
-        b.each(whole, count, self.lanes, |b, i| {
-            let at = b.element(row, i, Scalar::F32);
-            let s = b.load(at, self.floats());
-            let left = b.sub(sees, i);
-            let left = b.cast(left, Scalar::I32);
-            let left = b.broadcast(left, self.lanes);
-            let lane = b.lanes_of(Scalar::I32, &(0..self.lanes as i64).collect::<Vec<_>>());
-            let seen = b.cmp(Cmp::Lt, lane, left);
-            let least = b.splat(s.ty, f64::NEG_INFINITY);
-            let s = b.select(seen, s, least);
-            b.store(s, at);
-        });
-    }
-
     /// Copies the values of a tile; returns where they are.
     fn copy_values(&self, b: &mut Body, v: Val, step: Val, count: Val) -> Val {
         let zero = b.size(0);
@@ -585,12 +538,21 @@ impl Tiles {
     }
 
     /// Adds the values of a tile, weighed, to the sums of `rows` rows from `r` on.
-    fn values(&self, b: &mut Body, (r, rows): (Val, usize), (v, step): (Val, Val), count: Val, way: Way) {
-        let (columns, keys) = (self.columns(rows), way.keys());
+    #[allow(clippy::too_many_arguments)]
+    fn values(
+        &self,
+        b: &mut Body,
+        part: &Part,
+        (r, rows): (Val, usize),
+        (v, step): (Val, Val),
+        count: Val,
+        way: Way,
+    ) {
+        let columns = self.columns(rows);
         let width = self.widths()[1];
         // Vectors that are whole: those on the stack all are.
         let whole = if way == Way::Copied { width } else { self.form.value_size } / self.lanes;
-        let weights = self.row(b, self.scores, r, keys);
+        let weights = self.scores(b, part, r, way);
         let shrink = b.element(self.shrink, r, Scalar::F32);
         let panel = |b: &mut Body, first: Val, there: &[usize]| {
             let at = self.row(b, self.y, r, width);
@@ -609,7 +571,7 @@ impl Tiles {
                 }
             }
             let v = b.element(v, first, Scalar::F32);
-            let sums = self.product(b, (weights, keys), (v, step), count, there, &start);
+            let sums = self.product(b, (weights, way.keys()), (v, step), count, there, &start);
             sums.into_iter().zip(places).for_each(|(sum, at)| b.store(sum, at));
         };
         let panels = whole / columns;
@@ -623,86 +585,4 @@ impl Tiles {
             panel(b, to, &rest);
         }
     }
-
-    /// Writes the rows: sums by the sum of weights.
-    fn finish(&self, b: &mut Body, a: &Args, u: &Unit) {
-        let base = a.buffer(b, 3);
-        let strides = Strides::of(b, a, STRIDES + 9);
-        let (zero, number) = (b.size(0), scalar(Scalar::F32));
-        let none = b.splat(number, 0.0);
-        b.each(zero, u.count, 1, |b, r| {
-            let total = self.row(b, self.total, r, self.lanes);
-            let total = b.load(total, self.floats());
-            let total = b.fold(total, Body::add);
-            let one = b.splat(number, 1.0);
-            let share = b.div(one, total);
-            // Zeros where there is nothing to attend to: all of a mask is -inf, or there are no keys. Scores that are all -inf by
-            // themselves give NaN.
-            let nothing = match self.form.mask {
-                Some(_) => b.cmp(Cmp::Eq, total, none),
-                None => b.cmp(Cmp::Eq, u.keys, zero),
-            };
-            let share = b.select(nothing, none, share);
-            let share = b.broadcast(share, self.lanes);
-            let from = self.row(b, self.y, r, self.widths()[1]);
-            let place = u.place(b, r);
-            let to = strides.row(b, base, place);
-            parts(b, 0, self.form.value_size, self.lanes, |b, i, there| {
-                let (from, to) = (b.element(from, i, Scalar::F32), b.element(to, i, Scalar::F32));
-                let v = b.load(from, self.floats());
-                let v = b.mul(v, share);
-                b.store_some(v, to, there);
-            });
-        });
-    }
-}
-
-/// The lanes of `a` and `b` in groups of `unit`, those with an even number or those with an odd one.
-fn halves(b: &mut Body, x: Val, y: Val, unit: usize, odd: bool) -> Val {
-    let lanes = x.ty.lanes;
-    // Within four lanes nothing has to cross the halves of a register.
-    let block = if unit < 4 { 4 } else { lanes };
-    let pick = |from: usize| {
-        let groups = (0..block / unit).filter(move |g| g % 2 == usize::from(odd));
-        groups.flat_map(move |g| (0..unit).map(move |i| from + g * unit + i))
-    };
-    let order: Vec<usize> =
-        (0..lanes).step_by(block).flat_map(|at| pick(at).chain(pick(lanes + at))).collect();
-    b.shuffle(x, y, &order)
-}
-
-/// The sums over the lanes of as many vectors as there are lanes, each in a lane.
-fn each_summed(b: &mut Body, mut vectors: Vec<Val>) -> Val {
-    let lanes = vectors.len();
-    let mut unit = 1;
-    while unit < lanes {
-        // Four lanes hold sums of four vectors after the units 1 and 2: then groups of four are summed.
-        let pairs = vectors.chunks(2).map(|pair| {
-            let even = halves(b, pair[0], pair[1], if unit < 4 { 1 } else { 4 }, false);
-            let odd = halves(b, pair[0], pair[1], if unit < 4 { 1 } else { 4 }, true);
-            b.add(even, odd)
-        });
-        vectors = pairs.collect();
-        unit *= 2;
-    }
-    vectors[0]
-}
-
-/// Element i of vector j as element j of vector i: blocks of two change places, then of four, and so on.
-fn transposed(b: &mut Body, mut rows: Vec<Val>) -> Vec<Val> {
-    let lanes = rows.len();
-    let mut unit = 1;
-    while unit < lanes {
-        for i in (0..lanes).filter(|i| i & unit == 0) {
-            let (x, y) = (rows[i], rows[i + unit]);
-            let pick = |high: usize| -> Vec<usize> {
-                let of = |j: usize| if j & unit == 0 { j + high } else { lanes + j - unit + high };
-                (0..lanes).map(of).collect()
-            };
-            rows[i] = b.shuffle(x, y, &pick(0));
-            rows[i + unit] = b.shuffle(x, y, &pick(unit));
-        }
-        unit *= 2;
-    }
-    rows
 }

@@ -104,7 +104,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
         }
         outs
     });
-    let work = rows.clone() * form.k.into();
+    let work = rows.clone() * form.k.div_ceil(2).into();
     lowered.steps.push(Step { kernel, buffers, dims: vec![rows], units: form.blocks().into(), work });
     Some(lowered)
 }

@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod attention_tiles;
+mod attention_weights;
 pub mod batched;
 pub mod copy;
 pub mod dense;
@@ -15,6 +16,7 @@ pub mod gather;
 pub mod gather_packed;
 pub mod heads;
 pub mod integer;
+mod lanes;
 pub mod math;
 pub mod matmul_nbits;
 pub mod norm;

@@ -1,7 +1,8 @@
 //! Attention, against the interpreter.
 
 use crate::models::{Here, check, check_left, check_on, inputs, model};
-use codegen::Native;
+use codegen::plan::plan;
+use codegen::{Form, Native, Request, Target};
 use dialects::exec::run_once;
 use dialects::ir::{Module, Value};
 use dialects::ops::{Item, Ops};
@@ -38,6 +39,7 @@ const SIZES: &[&[(&str, usize)]] = &[
     &[("b", 2), ("s", 5), ("t", 19)],
     &[("b", 1), ("s", 71), ("t", 130)],
     &[("b", 2), ("s", 12), ("t", 64)],
+    &[("b", 1), ("s", 197), ("t", 70)],
     &[("b", 1), ("s", 0), ("t", 3)],
     &[("b", 1), ("s", 3), ("t", 0)],
     &[("b", 0), ("s", 3), ("t", 3)],
@@ -45,18 +47,27 @@ const SIZES: &[&[(&str, usize)]] = &[
 
 #[test]
 fn heads_side_by_side_of_any_size() {
-    for (heads, size, value_size) in [(3, 5, 5), (2, 20, 33), (6, 64, 64), (1, 80, 80)] {
+    for (heads, size, value_size) in [(3, 5, 5), (2, 20, 33), (2, 64, 80)] {
         let (hidden, out) = (heads * size, heads * value_size);
         let m = module(&format!(
             "(%q : tensor<b x s x {hidden} xf32>, %k : tensor<b x t x {hidden} xf32>, %v : tensor<b x t x {out} xf32>, %h : tensor<b x {heads} x t x {size} xf32>, %w : tensor<b x {heads} x t x {value_size} xf32>) {{
-  %x = com.microsoft.MultiHeadAttention(%q, %k, %v) {{num_heads={heads}}}
-  %y = com.microsoft.MultiHeadAttention(%q, %h, %w) {{num_heads={heads}, unidirectional=1, scale=0.3}}
-  return %x, %y
+  %x = com.microsoft.MultiHeadAttention(%q, %k, %v) {{num_heads={heads}, unidirectional=1}}
+  %y = com.microsoft.MultiHeadAttention(%q, %h, %w) {{num_heads={heads}, unidirectional=1}}
+  %z = onnx.Attention(%q, %h, %v) {{q_num_heads={heads}, kv_num_heads={heads}, is_causal=1}}
+  return %x, %y, %z
 }}
 "
         ));
-        check(&m, SIZES, 2, 1e-5);
+        check(&m, SIZES, 3, 1e-5);
     }
+    let m = module(&format!(
+        "{THREE}) {{
+  %x = com.microsoft.MultiHeadAttention(%q, %k, %v) {{num_heads=3, scale=0.3}}
+  return %x
+}}
+"
+    ));
+    check(&m, SIZES, 1, 1e-5);
 }
 
 /// Q, K and V of three heads, and what comes after them.
@@ -183,6 +194,26 @@ fn results_do_not_depend_on_threads() {
         items[0].tensor().unwrap().f32s().unwrap().iter().map(|v| v.to_bits()).collect()
     };
     assert_eq!(bits(run(1)), bits(run(3)));
+}
+
+#[test]
+fn every_target_takes_what_is_emitted_for_it() {
+    let m = module(
+        "(%q : tensor<b x 2 x s x 20 xf32>, %p : tensor<b x s xi64>, %m : tensor<s x s xbool>) {
+  const %c : tensor<2 x 3 xf32> [1.0, 0.5, 0.25, 0.75, 0.125, 0.0]
+  %r = com.microsoft.RotaryEmbedding(%q, %p, %c, %c) {interleaved=1}
+  %y = onnx.Attention(%r, %q, %q, %m)
+  %z = onnx.LogSoftmax(%y)
+  return %z
+}
+",
+    );
+    for name in ["x86-64", "x86-64-v3", "x86-64-v4", "aarch64"] {
+        let target = Target::parse(name).unwrap();
+        let plan = plan(&m, &Ops::standard(), &target, &|_| Some(4)).unwrap();
+        let mlir = codegen::kernels::module(&plan.kernels);
+        codegen_mlir::compile(&Request { mlir, target, form: Form::Asm }).unwrap();
+    }
 }
 
 #[test]
