@@ -10,7 +10,9 @@ use crate::lower::{self, Anchor};
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::Scalar;
-use dialects::ir::{Attr, Module, Op, OpBuilder, Region, Use, Value, ValueDef, graph, infer};
+use dialects::ir::{
+    Attr, Dim, Module, Op, OpBuilder, Region, TensorType, Type, Use, Value, ValueDef, graph, infer,
+};
 use dialects::kernel::FUSED;
 use dialects::ops::Ops;
 use dialects::tensor::Tensor;
@@ -20,24 +22,54 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 const CHECKED: &[&str] = &["onnx.Range"];
 
 /// Infers the types of `m`. What the file declares of values on the way is left out, since kernels rely on sizes; but where
-/// nothing else is known and a kernel checks it.
+/// nothing else is known and a kernel checks it. Where a value is declared to be as long as an input, and found to be as long
+/// as a sum of other dims (a cache that grows to `total = past + new`), so is the input: that is checked when inputs come.
 pub fn infer(m: &mut Module, ops: &Ops) {
-    let mut declared = Vec::new();
-    for op in m.regions[m.top].ops.clone() {
-        let checked = CHECKED.contains(&m.ops[op].name.as_str());
-        for v in m.ops[op].results.clone().into_iter().flatten() {
-            if m.const_of(v).is_none() {
-                let ty = std::mem::take(&mut m.values[v].ty);
-                declared.extend(checked.then_some((v, ty)));
-            }
-        }
-    }
+    let results = m.regions[m.top].ops.iter().flat_map(|&op| m.ops[op].results.iter().flatten().copied());
+    let results: Vec<Value> = results.filter(|&v| m.const_of(v).is_none()).collect();
+    let declared: Vec<(Value, Type)> =
+        results.into_iter().map(|v| (v, std::mem::take(&mut m.values[v].ty))).collect();
     infer::infer(m, ops);
-    declared.retain(|(v, ty)| Size::shape(m.ty(*v)).is_none() && Size::shape(ty).is_some());
-    if !declared.is_empty() {
-        declared.into_iter().for_each(|(v, ty)| m.values[v].ty = ty);
+    if substitute(m, &declared) {
+        declared.iter().for_each(|(v, _)| m.values[*v].ty = Type::Unknown);
         infer::infer(m, ops);
     }
+    let checked = |v: Value| m.def_op(v).is_some_and(|(op, _)| CHECKED.contains(&m.ops[op].name.as_str()));
+    let open = |v: Value, ty: &Type| Size::shape(m.ty(v)).is_none() && Size::shape(ty).is_some();
+    let taken: Vec<_> = declared.into_iter().filter(|(v, ty)| checked(*v) && open(*v, ty)).collect();
+    if !taken.is_empty() {
+        taken.into_iter().for_each(|(v, ty)| m.values[v].ty = ty);
+        infer::infer(m, ops);
+    }
+}
+
+/// Gives inputs the sums of dims that values of the same named length were found to have.
+fn substitute(m: &mut Module, declared: &[(Value, Type)]) -> bool {
+    let mut sums: HashMap<Dim, Option<Dim>> = HashMap::new();
+    for (v, ty) in declared {
+        let (Some(said), Some(found)) = (ty.dims(), m.ty(*v).dims()) else { continue };
+        let pairs = said.iter().zip(found);
+        for (name, sum) in pairs.filter(|pair| matches!(pair, (Dim::Sym(_), Dim::Expr(_)))) {
+            // What is said to be two things is neither.
+            let known = sums.entry(name.clone()).or_insert_with(|| Some(sum.clone()));
+            *known = known.take().filter(|k| k == sum);
+        }
+    }
+    let sum_of = |d: &Dim| {
+        let sum = sums.get(d)?.clone()?;
+        let named = |name: &str| sums.contains_key(&Dim::Sym(name.into()));
+        let free = Size::of(&sum)?.names().into_iter().all(|name| !named(name));
+        free.then_some(sum)
+    };
+    let args = m.regions[m.top].args.iter().copied().filter(|&v| m.const_of(v).is_none());
+    let mut changed = false;
+    for v in args.collect::<Vec<_>>() {
+        let Type::Tensor(TensorType { elem, dims: Some(dims) }) = m.ty(v) else { continue };
+        let ty = Type::tensor(*elem, dims.iter().map(|d| sum_of(d).unwrap_or_else(|| d.clone())));
+        changed |= ty != *m.ty(v);
+        m.values[v].ty = ty;
+    }
+    changed
 }
 
 /// Sets of groups, by number.

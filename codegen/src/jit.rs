@@ -173,17 +173,17 @@ impl Native {
     }
 }
 
-/// Where the named dims of a run are seen: in the inputs, and in what else is given.
-struct Named(Vec<(Value, usize, String)>);
+/// The shapes of what runs are given, in which named dims are seen: the inputs, and what else is given.
+struct Named(Vec<(Value, Vec<Size>)>);
 
 impl Named {
     fn of(m: &Module, given: &[Value]) -> Named {
         let args = m.regions[m.top].args.iter().filter(|&&v| m.const_of(v).is_none());
-        let dims = args.chain(given).flat_map(|&v| {
-            let shape = Size::shape(m.ty(v)).unwrap_or_default();
-            shape.into_iter().enumerate().filter_map(move |(i, s)| Some((v, i, s.name()?.to_owned())))
-        });
-        Named(dims.collect())
+        Named(args.chain(given).filter_map(|&v| Some((v, Size::shape(m.ty(v))?))).collect())
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().flat_map(|(_, shape)| shape).filter_map(Size::name)
     }
 
     /// Whether every size that an op and its kernels need is known then.
@@ -192,21 +192,29 @@ impl Named {
         let values = data.operands.iter().chain(&data.results).flatten();
         let shapes: Vec<Size> = values.filter_map(|&v| Size::shape(m.ty(v))).flatten().collect();
         let mut names = shapes.iter().flat_map(Size::names).chain(lowered.names());
-        names.all(|n| self.0.iter().any(|(_, _, known)| known == n))
+        names.all(|n| self.names().any(|known| known == n))
     }
 
-    /// The dims of one run. A name that stands for two sizes is left out.
+    /// The dims of one run. A name that stands for two sizes is left out, and all are where a sum of them is another one.
     fn bind(&self, given: &[(Value, Item)]) -> HashMap<&str, u64> {
         let given: HashMap<Value, &Item> = given.iter().map(|(v, item)| (*v, item)).collect();
+        let found = |v: Value, i: usize| Some(*given.get(&v)?.tensor().ok()?.shape().get(i)? as u64);
+        let sizes = || self.0.iter().flat_map(|(v, shape)| shape.iter().enumerate().map(|(i, s)| (*v, i, s)));
         let mut dims: HashMap<&str, Option<u64>> = HashMap::new();
-        for (v, i, name) in &self.0 {
-            let size = given.get(v).and_then(|item| item.tensor().ok()?.shape().get(*i).map(|&n| n as u64));
-            if let Some(size) = size {
-                let known = dims.entry(name).or_insert(Some(size));
-                *known = known.filter(|&k| k == size);
+        for (v, i, size) in sizes() {
+            if let (Some(name), Some(found)) = (size.name(), found(v, i)) {
+                let known = dims.entry(name).or_insert(Some(found));
+                *known = known.filter(|&k| k == found);
             }
         }
-        dims.into_iter().filter_map(|(name, size)| Some((name, size?))).collect()
+        let dims: HashMap<&str, u64> =
+            dims.into_iter().filter_map(|(name, size)| Some((name, size?))).collect();
+        let holds =
+            |(v, i, size): (Value, usize, &Size)| match (size.eval(&|n| dims.get(n).copied()), found(v, i)) {
+                (Some(expected), Some(found)) => expected == found,
+                _ => true,
+            };
+        if sizes().all(holds) { dims } else { HashMap::new() }
     }
 }
 

@@ -234,10 +234,17 @@ impl Model {
                 && p.shape.iter().zip(&t.shape).all(|(d, &n)| match d {
                     Dim::Known(k) => *k == n as u64,
                     Dim::Named(name) => *sizes.entry(name).or_insert(n as u64) == n as u64,
-                    Dim::Sum(_) => false,
+                    // Looked at when all names are known.
+                    Dim::Sum(_) => true,
                 });
             let bytes = t.shape.iter().try_fold(t.elem.bytes(), |a, &n| a.checked_mul(n));
             if !fits || bytes != Some(t.bytes.len()) {
+                return Err(wrong_input(p, t));
+            }
+        }
+        for (p, t) in self.about.inputs.iter().zip(inputs) {
+            let holds = |(d, &n): (&Dim, &usize)| d.eval(|name| sizes.get(name).copied()) == Some(n);
+            if !p.shape.iter().zip(&t.shape).all(holds) {
                 return Err(wrong_input(p, t));
             }
         }

@@ -2,12 +2,13 @@
 //! of one batch, all heads of it.
 
 use super::heads::{Heads, Strides, parts};
-use super::{Args, Buffer, Kernel, Lowered, Step};
+use super::{Args, Buffer, Kernel, Lowered, Step, report};
 use crate::fuse::Fused;
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::{Body, Cmp, Scalar, Val, scalar, vector};
 use dialects::ir::{Elem, Module, Op, Value};
+use runtime::Fault;
 
 /// Which row of the caches belongs to a position.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,7 +104,7 @@ pub fn supports(m: &Module, op: Op) -> bool {
     Problem::of(m, op).is_some()
 }
 
-/// The kernel. Buffers: X, cosines, sines, Y, and positions if there are any. Sizes: positions, heads, rows of the caches,
+/// The kernel. Buffers: X, cosines, sines, Y, and positions with the word for faults if there are any. Sizes: positions, heads, rows of the caches,
 /// strides of X and of Y.
 pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     let (m, op) = (fused.module, fused.anchor()?);
@@ -116,6 +117,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     buffers.push(Buffer::Result(0));
     if let Some(v) = positions {
         buffers.push(fused.buffer(v, &mut lowered.blobs)?);
+        buffers.push(Buffer::Fault);
     }
     let mut dims = vec![x.positions.clone(), x.heads.into(), count];
     dims.extend(x.access.dims().into_iter().chain(x.access.dims()));
@@ -133,12 +135,10 @@ impl Form {
             let (positions, heads, count) = (a.dim(b, 0), a.dim(b, 1), a.dim(b, 2));
             let (from, to) = (Strides::of(b, a, 3), Strides::of(b, a, 6));
             let zero = b.size(0);
-            // Without rows there is nothing to read.
-            let some = b.cmp(Cmp::Gt, count, zero);
-            b.when(some, |b| {
-                b.each(a.begin, a.end, 1, |b, unit| {
-                    let (batch, position) = (b.div(unit, positions), b.rem(unit, positions));
-                    let row = self.row(b, a, unit, position, count);
+            b.each(a.begin, a.end, 1, |b, unit| {
+                let (batch, position) = (b.div(unit, positions), b.rem(unit, positions));
+                let row = self.row(b, a, unit, position);
+                let turned = |b: &mut Body| {
                     let half = b.size(self.half);
                     let at = b.mul(row, half);
                     let angles = [1, 2].map(|i| {
@@ -150,34 +150,35 @@ impl Form {
                         let y = to.row(b, y, [batch, head, position]);
                         self.turn(b, lanes, angles, x, y);
                     });
+                };
+                if self.rows == Rows::InOrder {
+                    return turned(b);
+                }
+                let (first, last) = (b.cmp(Cmp::Ge, row, zero), b.cmp(Cmp::Lt, row, count));
+                let there = b.and(first, last);
+                b.when_else(there, turned, |b| {
+                    let fault = a.buffer(b, 5);
+                    report(b, fault, Fault::Index);
                 });
             });
         })
     }
 
-    /// The row of the caches. What the interpreter refuses, a position that has none, is taken for the nearest one that has:
-    /// never is anything read that is not there.
-    fn row(&self, b: &mut Body, a: &Args, unit: Val, position: Val, count: Val) -> Val {
-        let (zero, one) = (b.size(0), b.size(1));
-        let last = b.sub(count, one);
-        let clamp = |b: &mut Body, row: Val| {
-            let row = b.max(row, zero);
-            b.min(row, last)
-        };
+    /// The row of the caches, which may lack it.
+    fn row(&self, b: &mut Body, a: &Args, unit: Val, position: Val) -> Val {
         let given = |b: &mut Body, at: Val, elem: Scalar| {
             let p = a.buffer(b, 4);
             let p = b.element(p, at, elem);
             let row = b.load(p, scalar(elem));
-            let row = b.cast(row, Scalar::I64);
-            clamp(b, row)
+            b.cast(row, Scalar::I64)
         };
         match self.rows {
             Rows::InOrder => unit,
             Rows::Each(elem) => given(b, unit, elem),
             Rows::From(elem) => {
+                let zero = b.size(0);
                 let first = given(b, zero, elem);
-                let row = b.add(first, position);
-                clamp(b, row)
+                b.add(first, position)
             }
         }
     }

@@ -390,18 +390,50 @@ graph @main(%x : tensor<b x s x {n}xf32>, %g : tensor<{n}xf32>) {{
     }
 }
 
+/// The assembly of a model's kernels.
+fn assembly(m: &Module, target: &Target) -> String {
+    let plan = plan(m, &Ops::standard(), target, &|_| Some(4)).unwrap();
+    let mlir = codegen::kernels::module(&plan.kernels);
+    let request = Request { mlir, target: target.clone(), form: codegen::Form::Asm };
+    String::from_utf8(codegen_mlir::compile(&request).unwrap()).unwrap()
+}
+
 #[test]
 fn every_target_takes_what_is_emitted_for_it() {
-    let m = perceptron(4, true, &mut ChaCha8Rng::seed_from_u64(5));
+    let packed = perceptron(4, true, &mut ChaCha8Rng::seed_from_u64(5));
+    let others = model(
+        "module ir_version=10 opsets {com.microsoft=1, onnx=23}
+graph @main(%x : tensor<b x s x 48xf32>, %past : tensor<b x 3x3x8xf32>, %ids : tensor<b x s x i64>, %q : tensor<s x 20xu8>) {
+  const %w : tensor<48x24xf32> random(1)
+  const %codes : tensor<20x9xi8> random(2)
+  const %table : tensor<64x48xf32> random(3)
+  const %cos : tensor<9x4xf32> random(4)
+  const %sin : tensor<9x4xf32> random(5)
+  const %scale : tensor<f32> 0.1
+  const %zero : tensor<u8> 7
+  const %norm : tensor<48xf32> random(6)
+  %p = onnx.MatMul(%x, %w)
+  %rows = onnx.Gather(%table, %ids)
+  %both = onnx.Add(%x, %rows)
+  %n = onnx.LayerNormalization(%both, %norm)
+  %r = onnx.RotaryEmbedding(%p, %cos, %sin, %ids) {num_heads=3}
+  %y, %k, %v = onnx.Attention(%x, %p, %p, _, %past, %past) {q_num_heads=6, kv_num_heads=3, is_causal=1}
+  %soft = onnx.Softmax(%n)
+  %waves = onnx.Sin(%r)
+  %product = onnx.MatMulInteger(%q, %codes, %zero)
+  %floats = onnx.DequantizeLinear(%q, %scale, %zero)
+  %code, %by, %at = onnx.DynamicQuantizeLinear(%x)
+  return %soft, %waves, %y, %product, %floats, %code
+}
+",
+    );
     let expected = [("x86-64-v3", "vpmaddubsw"), ("avx512-vnni", "vpdpbusd"), ("aarch64-dotprod", "sdot")];
     for name in ["x86-64", "x86-64-v3", "x86-64-v4", "avx512-vnni", "aarch64", "aarch64-dotprod"] {
-        let target = codegen::Target::parse(name).unwrap();
-        let plan = plan(&m, &Ops::standard(), &target, &|_| Some(4)).unwrap();
-        let mlir = codegen::kernels::module(&plan.kernels);
-        let request = Request { mlir, target, form: codegen::Form::Asm };
-        let text = String::from_utf8(codegen_mlir::compile(&request).unwrap()).unwrap();
+        let target = Target::parse(name).unwrap();
+        let text = assembly(&packed, &target);
         for (_, instruction) in expected.iter().filter(|(n, _)| *n == name) {
             assert!(text.contains(instruction), "{name} without {instruction}");
         }
+        assembly(&others, &target);
     }
 }

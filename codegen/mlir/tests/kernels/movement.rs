@@ -1,6 +1,12 @@
 //! Values that are moved, looked at another way, or sizes.
 
-use crate::models::{check, model};
+use crate::harness::targets;
+use crate::models::{Here, built, check, inputs, model, outside};
+use codegen::Native;
+use dialects::exec::run_once;
+use dialects::ir::interp::Interpreter;
+use rand::SeedableRng;
+use std::sync::Arc;
 
 #[test]
 fn a_cache_grows_and_is_read_for_grouped_queries() {
@@ -103,4 +109,47 @@ graph @main(%x : tensor<s x 4xf32>) {
 ",
     );
     check(&m, &[&[("s", 1)], &[("s", 5)]], 0, 0.0);
+}
+
+/// `past + new` keys under a mask of `total`, which the cache is declared to be as long as.
+fn masked() -> dialects::ir::Module {
+    model(
+        "module ir_version=10 opsets {onnx=23}
+graph @main(%mask : tensor<b x total x i64>, %past : tensor<b x past x 4xf32>, %x : tensor<b x s x 4xf32>) {
+  const %zero : tensor<i64> 0
+  const %last : tensor<1xi64> [2]
+  %present = onnx.Concat(%past, %x) {axis=1} : tensor<b x total x 4xf32>
+  %sum = onnx.ReduceSum(%present, %last) {keepdims=0}
+  %seen = onnx.Greater(%mask, %zero)
+  %numbers = onnx.Cast(%seen) {to=1}
+  %y = onnx.Mul(%sum, %numbers)
+  return %present, %y
+}
+",
+    )
+}
+
+#[test]
+fn an_input_as_long_as_a_cache_grows() {
+    let dims: &[&[(&str, usize)]] =
+        &[&[("b", 2), ("past", 3), ("s", 1), ("total", 4)], &[("b", 1), ("past", 0), ("s", 5), ("total", 5)]];
+    check(&masked(), dims, 5, 1e-6);
+}
+
+#[test]
+fn a_mask_of_another_length_is_left_to_the_interpreter_and_refused_by_a_library() {
+    let m = masked();
+    let ops = dialects::ops::Ops::standard();
+    let wanted = m.regions[m.top].results.clone();
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
+    // One number for all keys is broadcast.
+    let given = inputs(&m, &[("b", 2), ("past", 3), ("s", 2), ("total", 1)], &mut rng);
+    let expected = run_once(&Interpreter::new(ops.clone()), &m, &given, &wanted).unwrap();
+    let native = Native::new(ops.clone(), Arc::new(Here));
+    assert_eq!(run_once(&native, &m, &given, &wanted).unwrap(), expected);
+    let target = targets().pop().unwrap();
+    let library = built(&m, &ops, &target, &|_| Some(8));
+    let given: Vec<_> = given.iter().map(|(_, item)| outside(item.tensor().unwrap())).collect();
+    let e = library.run(&given).unwrap_err().to_string();
+    assert_eq!(e, "the input \"mask\" is i64[2, 1] in 16 bytes, expected i64[b, past + s]");
 }

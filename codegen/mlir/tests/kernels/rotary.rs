@@ -1,6 +1,9 @@
 //! Rotary position embedding, against the interpreter.
 
+use crate::gather::refuse;
 use crate::models::{check, check_left, model};
+use dialects::tensor::Tensor;
+use runtime::Fault;
 
 /// `count` numbers as text.
 fn numbers(count: usize, of: fn(f32) -> f32) -> String {
@@ -46,6 +49,30 @@ graph @main(%x : tensor<b x s x 48 xf32>, %p : tensor<b x s xi64>, %c : tensor<7
 ",
     );
     check(&m, &[&[("b", 2), ("s", 5)], &[("b", 0), ("s", 5)]], 2, 1e-6);
+}
+
+#[test]
+fn positions_beyond_the_caches_are_refused() {
+    for (positions, bad) in
+        [("b x s x ", vec![0, 7]), ("b x s x ", vec![-1, 0]), ("1x", vec![6]), ("1x", vec![i64::MAX])]
+    {
+        let m = model(&format!(
+            "module ir_version=10 opsets {{com.microsoft=1, onnx=23}}
+graph @main(%x : tensor<b x s x 48xf32>, %p : tensor<{positions}i64>, %c : tensor<7x8xf32>) {{
+  %y = com.microsoft.RotaryEmbedding(%x, %p, %c, %c)
+  return %y
+}}
+"
+        ));
+        let shape = if bad.len() == 2 { vec![1, 2] } else { vec![1] };
+        let tensors = [
+            Tensor::new(&[1, 2, 48], vec![1f32; 96]).unwrap(),
+            Tensor::new(&shape, bad).unwrap(),
+            Tensor::new(&[7, 8], vec![1f32; 56]).unwrap(),
+        ];
+        let given = m.regions[m.top].args.iter().copied().zip(tensors).collect();
+        refuse(&m, &[given], Fault::Index, 2);
+    }
 }
 
 #[test]
