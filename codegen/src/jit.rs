@@ -123,6 +123,9 @@ impl Native {
         let mut lowered = Vec::new();
         let mut left = HashMap::new();
         for &op in &m.regions[m.top].ops {
+            if m.ops[op].result(0).is_some_and(|v| m.const_of(v).is_some()) {
+                continue;
+            }
             match lower::lower(&m, op, &self.target).filter(|l| known.all(&m, op, l)) {
                 Some(l) => {
                     summary.compiled += fuse::members(&m, op).count();

@@ -248,7 +248,10 @@ fn lower_all(m: &Module, target: &Target) -> Result<Vec<(Op, Option<Lowered>)>, 
                 needed.extend(read);
                 out.push((op, Some(l)));
             }
-            None => left.extend(fuse::members(m, op)),
+            None => {
+                needed.extend(data.operands.iter().flatten());
+                left.extend(fuse::members(m, op));
+            }
         }
     }
     left.reverse();

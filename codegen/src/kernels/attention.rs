@@ -244,7 +244,8 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     }
     let rows = p.q.positions.clone() * (p.q.heads / p.k.heads).into();
     let units = p.q.batch.clone() * p.k.heads.into() * rows.clone().div_up(ROWS as u64);
-    let work = keys * (ROWS * (p.form.size + p.form.value_size) / 32 + 1).into();
+    // Of as many rows as one unit has at most, or fewer: where there are more, all units are worth dividing.
+    let work = rows * keys * ((p.form.size + p.form.value_size) / 32 + 1).into();
     lowered.steps.push(Step { kernel: attention(target, &p.form), buffers, dims, units, work });
     Some(lowered)
 }
