@@ -1,7 +1,7 @@
 //! A plan as files: a shared library, its weights, a C header.
 
 use crate::driver::{self, ID};
-use crate::plan::{Plan, Port};
+use crate::plan::{self, Plan, Port};
 use crate::size::{Atom, Size};
 use crate::{CompileError, Compiler, Form, Request, Target, build, link};
 use dialects::ir::Elem;
@@ -11,7 +11,7 @@ use runtime::About;
 use std::path::{Path, PathBuf};
 
 /// Bytes in front of the weights, which begin with their hash.
-const HEAD: usize = 64;
+const HEAD: usize = plan::ALIGN as usize;
 
 /// What is written.
 pub struct Artifact {

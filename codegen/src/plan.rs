@@ -11,8 +11,8 @@ use dialects::ops::Ops;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use thiserror::Error;
 
-/// Buffers begin at multiples of a cache line.
-const ALIGN: u64 = 64;
+/// Buffers begin at multiples of a cache line; the weights' first one holds their hash.
+pub const ALIGN: u64 = 64;
 
 /// Why a model cannot be compiled as a whole.
 #[derive(Clone, Debug, Error)]
