@@ -116,7 +116,7 @@ pub fn fuse(m: &mut Module, target: &Target, keep: &HashSet<Value>) {
     let mut groups: Vec<Group> = Vec::new();
     let mut of: HashMap<Value, usize> = HashMap::new();
     for op in m.regions[m.top].ops.clone() {
-        if m.ops[op].result(0).is_some_and(|v| m.const_of(v).is_some()) {
+        if m.is_const(op) {
             continue;
         }
         let reads: Vec<Value> = graph::reads(m, op);
@@ -201,12 +201,7 @@ fn rewrite(m: &mut Module, groups: Vec<Group>, keep: &HashSet<Value>) {
     // A group comes after all it needs: it needs more than each of them does.
     let count = |g: &Group| g.needs.0.iter().map(|w| w.count_ones()).sum::<u32>();
     order.sort_by_key(|&i| (count(&groups[i]), i));
-    let constants: Vec<Op> = m.regions[top]
-        .ops
-        .iter()
-        .copied()
-        .filter(|&op| m.ops[op].result(0).is_some_and(|v| m.const_of(v).is_some()))
-        .collect();
+    let constants: Vec<Op> = m.regions[top].ops.iter().copied().filter(|&op| m.is_const(op)).collect();
     let uses = m.uses();
     let mut outside: HashSet<Value> = keep.clone();
     outside.extend(m.regions[top].results.iter().copied());

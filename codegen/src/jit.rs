@@ -123,7 +123,7 @@ impl Native {
         let mut lowered = Vec::new();
         let mut left = HashMap::new();
         for &op in &m.regions[m.top].ops {
-            if m.ops[op].result(0).is_some_and(|v| m.const_of(v).is_some()) {
+            if m.is_const(op) {
                 continue;
             }
             match lower::lower(&m, op, &self.target).filter(|l| known.all(&m, op, l)) {
@@ -244,6 +244,14 @@ struct NativeOp {
     results: Vec<(Elem, Vec<Size>)>,
 }
 
+/// The sizes of a [`NativeOp`] in one run.
+struct Sizes {
+    temps: Vec<u64>,
+    results: Vec<Vec<u64>>,
+    /// Of each step those that the kernel expects, its units, and what a unit takes.
+    steps: Vec<(Vec<u64>, u64, u64)>,
+}
+
 /// The compiled ops of a module.
 pub struct Compiled {
     ops: HashMap<Op, NativeOp>,
@@ -274,22 +282,24 @@ impl NativeOp {
                 return None;
             }
         }
-        let steps = self.steps.iter().flat_map(|s| s.dims.iter().chain([&s.units, &s.work]));
-        let results = self.results.iter().flat_map(|r| &r.1);
-        if !steps.chain(&self.temps).chain(results).all(|s| size(s).is_some()) {
-            return None;
-        }
-        let size = |s: &Size| size(s).expect("every size was worked out above");
-        Some(self.compute(kernels, &operands, &size))
+        let all = |sizes: &[Size]| sizes.iter().map(&size).collect::<Option<Vec<u64>>>();
+        let step = |s: &NativeStep| Some((all(&s.dims)?, size(&s.units)?, size(&s.work)?));
+        let sizes = Sizes {
+            temps: all(&self.temps)?,
+            results: self.results.iter().map(|r| all(&r.1)).collect::<Option<_>>()?,
+            steps: self.steps.iter().map(step).collect::<Option<_>>()?,
+        };
+        Some(self.compute(kernels, &operands, &sizes))
     }
 
-    fn compute(&self, kernels: &Kernels, operands: &[&Tensor], size: &dyn Fn(&Size) -> u64) -> Evaluated {
-        let mut temps: Vec<Vec<u8>> = self.temps.iter().map(|s| vec![0u8; size(s) as usize]).collect();
+    fn compute(&self, kernels: &Kernels, operands: &[&Tensor], sizes: &Sizes) -> Evaluated {
+        let mut temps: Vec<Vec<u8>> = sizes.temps.iter().map(|&n| vec![0u8; n as usize]).collect();
         let mut results: Vec<(Data, Vec<usize>)> = self
             .results
             .iter()
-            .map(|(elem, shape)| {
-                let shape: Vec<usize> = shape.iter().map(|s| size(s) as usize).collect();
+            .zip(&sizes.results)
+            .map(|((elem, _), shape)| {
+                let shape: Vec<usize> = shape.iter().map(|&n| n as usize).collect();
                 let count = dialects::kernels::strided::count(&shape)?;
                 let data =
                     memory::room(*elem, count).ok_or_else(|| OpError::invalid("an unknown element"))?;
@@ -297,7 +307,7 @@ impl NativeOp {
             })
             .collect::<Result<_, OpError>>()?;
         let fault = AtomicI32::new(0);
-        for step in &self.steps {
+        for (step, (dims, units, work)) in self.steps.iter().zip(&sizes.steps) {
             let mut buffers = Vec::with_capacity(step.buffers.len());
             for b in &step.buffers {
                 // Kernels only read operands and blobs.
@@ -314,11 +324,10 @@ impl NativeOp {
                     Buffer::Fault => fault.as_ptr().cast(),
                 });
             }
-            let sizes: Vec<i64> = step.dims.iter().map(|s| size(s) as i64).collect();
-            let units = size(&step.units) as usize;
-            let work = size(&step.work);
-            if units > 0 {
-                let call = Call { kernel: step.kernel, buffers: &buffers, dims: &sizes, units, work };
+            if *units > 0 {
+                let dims: Vec<i64> = dims.iter().map(|&n| n as i64).collect();
+                let (units, work) = (*units as usize, *work);
+                let call = Call { kernel: step.kernel, buffers: &buffers, dims: &dims, units, work };
                 run(kernels, &call);
             }
             if let Some(fault) = Fault::of(fault.load(Ordering::Relaxed)) {

@@ -230,7 +230,7 @@ fn lower_all(m: &Module, target: &Target) -> Result<Vec<(Op, Option<Lowered>)>, 
         if !data.results.iter().flatten().any(|v| needed.contains(v)) {
             continue;
         }
-        if data.result(0).is_some_and(|v| m.const_of(v).is_some()) {
+        if m.is_const(op) {
             continue;
         }
         if layout::is_same(m, op) {

@@ -509,6 +509,14 @@ impl<'t> Body<'t> {
         results
     }
 
+    /// The furthest place from `from` on that whole steps reach without going beyond `to`.
+    pub fn whole_steps(&mut self, from: Val, to: Val, step: usize) -> Val {
+        let (count, width) = (self.sub(to, from), self.size(step));
+        let whole = self.div(count, width);
+        let whole = self.mul(whole, width);
+        self.add(from, whole)
+    }
+
     /// A loop that carries nothing.
     pub fn each(&mut self, from: Val, to: Val, step: usize, body: impl FnOnce(&mut Self, Val)) {
         self.repeat(from, to, step, &[], |b, i, _| {

@@ -264,11 +264,7 @@ impl Tiles {
     fn blocks(&self, b: &mut Body, part: &Part, way: Way, body: impl Fn(&mut Body, Val, usize)) {
         let mut from = part.from;
         for rows in way.blocks() {
-            let size = b.size(rows);
-            let left = b.sub(part.to, from);
-            let whole = b.div(left, size);
-            let whole = b.mul(whole, size);
-            let to = b.add(from, whole);
+            let to = b.whole_steps(from, part.to, rows);
             b.each(from, to, rows, |b, r| body(b, r, rows));
             from = to;
         }

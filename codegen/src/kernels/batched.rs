@@ -149,13 +149,8 @@ impl Part {
         };
         let (x, y) = (start(b, self.x, self.depth), start(b, self.y, self.cols));
         let zero = b.size(0);
-        let up_to = |b: &mut Body, from: Val, width: usize| {
-            let (left, by) = (b.sub(self.cols, from), b.size(width));
-            let whole = b.div(left, by);
-            let whole = b.mul(whole, by);
-            b.add(from, whole)
-        };
-        let (pairs, single) = (up_to(b, zero, 2 * lanes), up_to(b, zero, lanes));
+        let (pairs, single) =
+            (b.whole_steps(zero, self.cols, 2 * lanes), b.whole_steps(zero, self.cols, lanes));
         b.each(zero, pairs, 2 * lanes, |b, n| self.columns(b, &x, &y, n, 2, lanes));
         b.each(pairs, single, lanes, |b, n| self.columns(b, &x, &y, n, 1, lanes));
         b.each(single, self.cols, 1, |b, n| self.columns(b, &x, &y, n, 1, 0));

@@ -116,11 +116,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
 
 /// A vector loop and what is left over one by one.
 pub fn vector_loop(b: &mut Body, from: Val, to: Val, lanes: usize, body: impl Fn(&mut Body, Val, usize)) {
-    let count = b.sub(to, from);
-    let width = b.size(lanes);
-    let whole = b.div(count, width);
-    let whole = b.mul(whole, width);
-    let middle = b.add(from, whole);
+    let middle = b.whole_steps(from, to, lanes);
     b.each(from, middle, lanes, |b, i| body(b, i, lanes));
     b.each(middle, to, 1, |b, i| body(b, i, 0));
 }

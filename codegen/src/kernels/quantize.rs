@@ -254,14 +254,11 @@ fn ranges(target: &Target) -> Kernel {
         let (x, out, count) = (a.buffer(b, 0), a.buffer(b, 1), a.dim(b, 0));
         let lanes = b.target.lanes();
         b.each(a.begin, a.end, 1, |b, unit| {
-            let (chunk, width) = (b.size(CHUNK), b.size(lanes));
+            let chunk = b.size(CHUNK);
             let from = b.mul(unit, chunk);
             let to = b.add(from, chunk);
             let to = b.min(to, count);
-            let left = b.sub(to, from);
-            let whole = b.div(left, width);
-            let whole = b.mul(whole, width);
-            let middle = b.add(from, whole);
+            let middle = b.whole_steps(from, to, lanes);
             let at = |b: &mut Body, i: Val, lanes: usize| {
                 let p = b.element(x, i, Scalar::F32);
                 b.load(p, Ty { elem: Scalar::F32, lanes })

@@ -137,14 +137,8 @@ impl Form {
     /// Element `from` of `x` and those after it, up to `to`.
     fn row(&self, b: &mut Body, x: Val, from: Val, to: Val) -> Val {
         let lanes = b.target.lanes();
-        let up_to = |b: &mut Body, from: Val, width: usize| {
-            let (left, by) = (b.sub(to, from), b.size(width));
-            let whole = b.div(left, by);
-            let whole = b.mul(whole, by);
-            b.add(from, whole)
-        };
         let start = self.start(b, lanes);
-        let turns = up_to(b, from, CHAINS * lanes);
+        let turns = b.whole_steps(from, to, CHAINS * lanes);
         let chains = b.repeat(from, turns, CHAINS * lanes, &[start; CHAINS], |b, i, chains| {
             let each = chains.iter().enumerate().map(|(c, &all)| {
                 let offset = b.size(c * lanes);
@@ -155,7 +149,7 @@ impl Form {
             each.collect()
         });
         let all = chains.into_iter().reduce(|s, t| self.join(b, s, t)).expect("four chains");
-        let vectors = up_to(b, turns, lanes);
+        let vectors = b.whole_steps(turns, to, lanes);
         let all = b.repeat(turns, vectors, lanes, &[all], |b, i, all| {
             let v = self.load(b, x, i, lanes);
             vec![self.step(b, all[0], v)]

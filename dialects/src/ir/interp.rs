@@ -192,7 +192,7 @@ impl<'m> Planner<'m> {
                 continue;
             }
             // A Constant is read where it is used, as an initializer is.
-            if data.result(0).is_some_and(|v| m.const_of(v).is_some()) {
+            if m.is_const(op) {
                 continue;
             }
             let callee = self.callee(op, versions)?;

@@ -529,6 +529,11 @@ impl Module {
         }
     }
 
+    /// Whether `op` gives a constant, which is read where it is used.
+    pub fn is_const(&self, op: Op) -> bool {
+        self.ops[op].result(0).is_some_and(|v| self.const_of(v).is_some())
+    }
+
     /// The type of a value.
     pub fn ty(&self, value: Value) -> &Type {
         &self.values[value].ty
