@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 const ALONE: u64 = 1 << 17;
 
 /// Work, in nanoseconds or so, that is done before threads that are awake have taken their share of it.
-const SHORT: u64 = 1 << 12;
+const SHORT: u64 = 1 << 13;
 
 /// Work of a part, in nanoseconds or so, that is worth asking for.
 const GRAIN: u64 = 1 << 11;
