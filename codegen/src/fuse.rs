@@ -7,6 +7,7 @@
 
 use crate::kernels::{Blob, Buffer, elementwise, pointwise};
 use crate::lower::{self, Anchor};
+use crate::simplify;
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::Scalar;
@@ -113,6 +114,7 @@ struct Group {
 
 /// Fuses the top region of `m` for `target`. Values in `keep` stay values of the top region.
 pub fn fuse(m: &mut Module, target: &Target, keep: &HashSet<Value>) {
+    simplify::simplify(m);
     let mut groups: Vec<Group> = Vec::new();
     let mut of: HashMap<Value, usize> = HashMap::new();
     for op in m.regions[m.top].ops.clone() {
@@ -168,14 +170,7 @@ fn fits(m: &Module, target: &Target, op: Op, domain: Option<&[Size]>, anchor: Op
     let meets = |v: Value| {
         let shape = Size::shape(m.ty(v));
         let steps = shape.and_then(|s| elementwise::steps(&s, domain));
-        // Dims of one element do not step, and do not count.
-        let counts = |s: Vec<bool>| {
-            let last = s.len().saturating_sub(1);
-            let kept =
-                s.iter().zip(domain).enumerate().filter(|(i, (_, d))| *i == last || **d != Size::Known(1));
-            kept.map(|(_, (&s, _))| s).collect::<Vec<_>>()
-        };
-        steps.is_some_and(|s| anchor.is_none_or(|a| a.takes(&counts(s))))
+        steps.is_some_and(|s| anchor.is_none_or(|a| a.takes(domain, &s)))
     };
     pointwise::supports(m, target, op)
         && m.ops[op].results.iter().flatten().all(|&v| whole(v))
