@@ -83,13 +83,13 @@ impl Anchor {
 
 const ATTENTION: Anchor = Anchor::alone(attention::supports, attention::lower).through(attention::views);
 const BATCHED: Anchor = Anchor::alone(batched::supports, batched::lower);
-const CONV: Anchor = Anchor::alone(conv::supports, conv::lower).channels();
+const CONV: Anchor = Anchor::alone(conv::supports, conv::lower).channels().through(conv::views);
 const COPY: Anchor = Anchor::alone(copy::supports, copy::lower).through(copy::views);
 const DENSE: Anchor = Anchor::alone(dense::supports, dense::lower).rows();
 const DYNAMIC: Anchor = Anchor::alone(quantize::supports_dynamic, quantize::lower_dynamic);
 const GATHER: Anchor = Anchor::alone(gather::supports, gather::lower);
 const GATHER_PACKED: Anchor = Anchor::alone(gather_packed::supports, gather_packed::lower);
-const INTEGER: Anchor = Anchor::alone(integer::supports, integer::lower).rows();
+const INTEGER: Anchor = Anchor::alone(integer::supports, integer::lower).rows().through(integer::views);
 const MATMUL_NBITS: Anchor = Anchor::alone(matmul_nbits::supports, matmul_nbits::lower).rows();
 const NORM: Anchor = Anchor::alone(norm::supports, norm::lower);
 const POOL: Anchor = Anchor::alone(pool::supports, pool::lower).channels();
@@ -116,22 +116,26 @@ const ANCHORS: &[(&str, Anchor)] = &[
     ("onnx.AveragePool", POOL),
     ("onnx.Concat", COPY),
     ("onnx.Conv", CONV),
+    ("onnx.ConvInteger", CONV),
     ("onnx.DequantizeLinear", QUANTIZE),
     ("onnx.DynamicQuantizeLinear", DYNAMIC),
     ("onnx.Expand", COPY),
     ("onnx.Gather", GATHER),
     ("onnx.GatherElements", GATHER),
     ("onnx.GatherND", GATHER),
+    ("onnx.Gemm", INTEGER),
     ("onnx.Gemm", DENSE),
     ("onnx.GlobalAveragePool", REDUCE),
     ("onnx.GlobalMaxPool", REDUCE),
     ("onnx.LayerNormalization", NORM),
     ("onnx.LogSoftmax", SOFTMAX),
+    ("onnx.MatMul", INTEGER),
     ("onnx.MatMul", DENSE),
     ("onnx.MatMul", BATCHED),
     ("onnx.MatMulInteger", INTEGER),
     ("onnx.MaxPool", POOL),
     ("onnx.Pad", COPY),
+    ("onnx.QLinearConv", CONV),
     ("onnx.QLinearMatMul", INTEGER),
     ("onnx.QuantizeLinear", QUANTIZE),
     ("onnx.RMSNormalization", NORM),

@@ -8,6 +8,7 @@ pub mod attention;
 pub mod attention_tiles;
 mod attention_weights;
 pub mod batched;
+pub mod coded;
 pub mod conv;
 pub mod copy;
 pub mod dense;

@@ -77,7 +77,7 @@ fn form(m: &Module, op: Op) -> Option<Form> {
         && (first..=last).all(|i| goes(i) || shape[i] == Size::Known(1));
     let float = elem == Scalar::F32;
     Size::shape(m.ty(data.result(0)?))?;
-    ((float || (plain && elem != Scalar::I1)) && whole).then(|| Form {
+    ((float || (plain && matches!(elem, Scalar::I32 | Scalar::I64))) && whole).then(|| Form {
         kind,
         elem,
         outer: Size::product(&shape[..first]),
