@@ -7,7 +7,7 @@
 use crate::fuse::reader;
 use crate::kernels::coded::Coded;
 use crate::kernels::{conv, integer, pointwise};
-use dialects::ir::{Module, Op, OpBuilder, Use, Uses, Value, ValueDef};
+use dialects::ir::{Elem, Module, Op, OpBuilder, Use, Uses, Value, ValueDef};
 use dialects::tensor::Tensor;
 use std::collections::HashSet;
 
@@ -31,9 +31,15 @@ pub fn simplify(m: &mut Module, keep: &HashSet<Value>) {
             normalization(m, op);
         }
     }
-    let uses = m.uses();
-    for &op in &ops {
-        fold(m, &uses, keep, op);
+    // Biases first: a product of integers is one by its bias too.
+    for biases in [true, false] {
+        let uses = m.uses();
+        for &op in &ops {
+            let codes = m.ops[op].operand(0).and_then(|v| m.ty(v).elem());
+            if (codes == Some(Elem::I32)) == biases {
+                fold(m, &uses, keep, op);
+            }
+        }
     }
     for &op in &ops {
         move_codes(m, keep, op);
