@@ -24,6 +24,7 @@ pub mod matmul_nbits;
 pub mod norm;
 pub mod packed;
 pub mod packed_product;
+mod packed_tiles;
 pub mod panel;
 pub mod planes;
 pub mod pointwise;

@@ -2,7 +2,7 @@
 
 use codegen::kernels::{Kernel, module};
 use codegen::{Form, Request, Target, link};
-use runtime::{Call, Kernels};
+use runtime::{Call, Kernels, Team};
 use tempfile::TempDir;
 
 /// Kernels that are loaded.
@@ -31,7 +31,7 @@ impl Loaded {
     pub fn call(&self, kernel: usize, buffers: &[*mut u8], dims: &[i64], units: usize) {
         let call = Call { kernel, buffers, dims, units, work: 1 << 20 };
         // SAFETY: tests size the buffers as the forms of the kernels say.
-        unsafe { self.kernels.call(&call) };
+        unsafe { self.kernels.call(&call, &Team::new()) };
     }
 }
 
