@@ -1,8 +1,11 @@
 //! Before fusion: ops that are written as others, which have kernels, or join those of others.
 //!
+//! - Operators on codes (QLinearAdd, QGemm) are float ops between DequantizeLinear and QuantizeLinear, which join other kernels.
 //! - BatchNormalization with constant statistics is a factor and a term for each channel.
 //! - A constant behind DequantizeLinear is a constant, but where a product of integers reads its codes.
 //! - An op that only moves or picks values, between codes of one scale, moves the codes.
+
+mod operators;
 
 use crate::fuse::reader;
 use crate::kernels::coded::Coded;
@@ -25,6 +28,9 @@ const MOVES: &[&str] = &[
 
 /// Rewrites the top region of `m`. Values stay what they are, but for rounding; those of `keep` stay.
 pub fn simplify(m: &mut Module, keep: &HashSet<Value>) {
+    for op in m.regions[m.top].ops.clone() {
+        operators::spell_out(m, op);
+    }
     let ops = m.regions[m.top].ops.clone();
     for &op in &ops {
         if m.ops[op].is("onnx.BatchNormalization") {

@@ -66,7 +66,8 @@ pub fn codes(elem: Elem, shape: &[usize], rng: &mut impl Rng) -> Tensor {
     Tensor::new(shape, data).unwrap()
 }
 
-fn close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+/// Checks that floats are within `tolerance` of the largest, and all else is the same.
+pub fn close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
     assert_eq!((found.shape(), found.elem()), (expected.shape(), expected.elem()), "{what}");
     let (Ok(f), Ok(e)) = (found.f32s(), expected.f32s()) else {
         assert_eq!(found, expected, "{what}");
