@@ -458,31 +458,10 @@ impl Unit<'_> {
 
     /// `sum` and a step of `x`, the same in every lane, by the weights `w`.
     fn step(&self, b: &mut Body, w: Val, x: Val, sum: Val) -> Val {
-        if !self.form.store.pairs() {
-            return b.fma(w, x, sum);
+        match self.form.store.pairs() {
+            true => pairs(b, w, x, sum),
+            false => b.fma(w, x, sum),
         }
-        let p = match (b.target.arch, self.form.lanes) {
-            (Arch::X86_64, lanes) => {
-                let name = match lanes {
-                    16 => "llvm.x86.avx512.pmaddw.d.512",
-                    8 => "llvm.x86.avx2.pmadd.wd",
-                    _ => "llvm.x86.sse2.pmadd.wd",
-                };
-                let x = b.bitcast(x, w.ty);
-                b.intrinsic(name, &[w, x], sum.ty)
-            }
-            _ => {
-                let w = b.bitcast(w, sum.ty);
-                let (upper_w, upper_x) = (b.shr_signed(w, 16), b.shr_signed(x, 16));
-                let [lower_w, lower_x] = [w, x].map(|v| {
-                    let v = b.shl(v, 16);
-                    b.shr_signed(v, 16)
-                });
-                let (upper, lower) = (b.mul(upper_w, upper_x), b.mul(lower_w, lower_x));
-                b.add(upper, lower)
-            }
-        };
-        b.add(sum, p)
     }
 
     /// Finishes and writes all sums.
@@ -556,4 +535,30 @@ impl Rows {
         };
         b.load(at, scalar(elem))
     }
+}
+
+/// `sum` and the products of pairs of 16 bits of `w`, and of `x` as 32 bits, exactly.
+pub fn pairs(b: &mut Body, w: Val, x: Val, sum: Val) -> Val {
+    let p = match (b.target.arch, sum.ty.lanes) {
+        (Arch::X86_64, lanes) => {
+            let name = match lanes {
+                16 => "llvm.x86.avx512.pmaddw.d.512",
+                8 => "llvm.x86.avx2.pmadd.wd",
+                _ => "llvm.x86.sse2.pmadd.wd",
+            };
+            let x = b.bitcast(x, w.ty);
+            b.intrinsic(name, &[w, x], sum.ty)
+        }
+        _ => {
+            let w = b.bitcast(w, sum.ty);
+            let (upper_w, upper_x) = (b.shr_signed(w, 16), b.shr_signed(x, 16));
+            let [lower_w, lower_x] = [w, x].map(|v| {
+                let v = b.shl(v, 16);
+                b.shr_signed(v, 16)
+            });
+            let (upper, lower) = (b.mul(upper_w, upper_x), b.mul(lower_w, lower_x));
+            b.add(upper, lower)
+        }
+    };
+    b.add(sum, p)
 }

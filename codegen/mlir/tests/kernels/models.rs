@@ -6,9 +6,9 @@ use codegen::plan::plan;
 use codegen::{CompileError, Compiler, Native, Request, Target, artifact};
 use dialects::exec::{Executor, run_once};
 use dialects::ir::interp::Interpreter;
-use dialects::ir::{Attr, ConstData, Module, OpBuilder, Type, Value, infer, parse::parse};
+use dialects::ir::{Attr, ConstData, Elem, Module, OpBuilder, Type, Value, infer, parse::parse};
 use dialects::ops::{Item, Ops};
-use dialects::tensor::Tensor;
+use dialects::tensor::{Data, Tensor};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
@@ -56,7 +56,18 @@ pub fn inputs(m: &Module, dims: &[(&str, usize)], rng: &mut impl Rng) -> Vec<(Va
     .collect()
 }
 
-fn close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+/// Random codes of 8 bits.
+pub fn codes(elem: Elem, shape: &[usize], rng: &mut impl Rng) -> Tensor {
+    let n = shape.iter().product();
+    let data: Data = match elem {
+        Elem::I8 => Data::I8((0..n).map(|_| rng.random()).collect()),
+        _ => Data::U8((0..n).map(|_| rng.random()).collect()),
+    };
+    Tensor::new(shape, data).unwrap()
+}
+
+/// Checks that floats are within `tolerance` of the largest, and all else is the same.
+pub fn close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
     assert_eq!((found.shape(), found.elem()), (expected.shape(), expected.elem()), "{what}");
     let (Ok(f), Ok(e)) = (found.f32s(), expected.f32s()) else {
         assert_eq!(found, expected, "{what}");
