@@ -8,7 +8,7 @@ use std::process::Command;
 /// Links `objects` into the shared library `out`. It depends on nothing but what every C program has loaded (`memcpy`,
 /// `memset`).
 pub fn shared_library(objects: &[PathBuf], out: &Path, target: &Target) -> Result<(), CompileError> {
-    let lld: &[&str] = match target.arch {
+    let lld: &[&str] = match target.machine().arch {
         Arch::X86_64 => &["-m", "elf_x86_64"],
         Arch::Aarch64 => &["-m", "aarch64linux"],
     };

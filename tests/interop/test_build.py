@@ -126,6 +126,36 @@ class Build(unittest.TestCase):
             self.assertEqual(refused.returncode, 1)
             self.assertIn("a dim beyond its bound", refused.stderr)
 
+    def test_one_library_for_several_processors(self):
+        flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+        if not {"avx2", "fma", "f16c"} <= flags:
+            self.skipTest("a processor without AVX2")
+        perceptron(self.folder / "float.onnx")
+        packed = self.folder / "packed.onnx"
+        qcc(self.folder / "float.onnx", "--pass", "rtn,pack-int4", "-o", packed)
+        at_level(packed, 4)
+        x, gate = (np.random.default_rng(i).standard_normal((7, 64)).astype(np.float32) for i in range(2))
+        x.tofile(self.folder / "x.bin")
+        gate.tofile(self.folder / "gate.bin")
+        files = [self.folder / "x.bin", self.folder / "gate.bin", f"{self.folder / 'y.bin'}={x.nbytes}"]
+        results = {}
+        best = "avx512-vnni" if "avx512_vnni" in flags else "x86-64-v3"
+        for cpus in ("x86-64,x86-64-v3,avx512-vnni", best):
+            run = self.compiled(packed, "--max", "rows=7", "--cpu", cpus)
+            subprocess.run([*run, "7", *files], check=True)
+            results[cpus] = (self.folder / "y.bin").read_bytes()
+        self.assertEqual(*results.values())
+        said = qcc("build", packed, "-o", self.folder / "model.so", "--multiversion")
+        for name in ("x86-64-v4", "avx512-vnni", "weights of its own"):
+            self.assertIn(name, said)
+        said = qcc("build", packed, "--emit", "mlir", "--cpu", "x86-64,x86-64-v3", fails=2)
+        self.assertIn("one processor", said)
+        if "avx512_vnni" not in flags:
+            run = self.compiled(packed, "--max", "rows=7", "--cpu", "avx512-vnni")
+            refused = subprocess.run([*run, "7", *files], capture_output=True, text=True)
+            self.assertEqual(refused.returncode, 1)
+            self.assertIn("returned -100: code for other processors", refused.stderr)
+
     def test_a_language_model_token_by_token(self):
         packed, library = self.folder / "packed.onnx", self.folder / "lm.so"
         qcc(TESTDATA / "tinylm.onnx", "--pass", "canonicalize,fuse,rtn,pack-int4", "-o", packed)

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Feature {
-    /// 256-bit vectors of floats and integers.
+    /// 256-bit vectors of floats and integers; and BMI, LZCNT and MOVBE, which came with them.
     Avx2,
     /// Fused multiply-add.
     Fma,
@@ -44,7 +44,13 @@ pub fn missing(arch: Arch, features: &BTreeSet<Feature>) -> Option<Vec<Feature>>
 #[cfg(target_arch = "x86_64")]
 pub fn native() -> (Arch, BTreeSet<Feature>) {
     let has = |feature| match feature {
-        Avx2 => is_x86_feature_detected!("avx2"),
+        Avx2 => {
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("bmi1")
+                && is_x86_feature_detected!("bmi2")
+                && is_x86_feature_detected!("lzcnt")
+                && is_x86_feature_detected!("movbe")
+        }
         Fma => is_x86_feature_detected!("fma"),
         F16c => is_x86_feature_detected!("f16c"),
         Avx512 => {

@@ -3,7 +3,7 @@
 use super::packed::{AHEAD, CHUNK, Form, ROWS, TILE};
 use super::{Args, Kernel, elementwise, pointwise};
 use crate::target::{Arch, Feature, Target};
-use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar, vector};
+use crate::text::{Body, Cmp, Intrinsic, Scalar, Ty, Val, scalar, vector};
 
 /// What multiplies bytes, four to a lane.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -50,21 +50,17 @@ impl Dot {
         match self {
             Dot::Vnni => {
                 let (codes, x) = (b.bitcast(codes, bytes), b.bitcast(x, bytes));
-                b.intrinsic("llvm.x86.avx512.vpdpbusd.512", &[acc, codes, x], acc.ty)
+                b.intrinsic(Intrinsic::Vpdpbusd, &[acc, codes, x], acc.ty)
             }
             Dot::Sdot => {
                 let (codes, x) = (b.bitcast(codes, bytes), b.bitcast(x, bytes));
-                b.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", &[acc, codes, x], acc.ty)
+                b.intrinsic(Intrinsic::Sdot, &[acc, codes, x], acc.ty)
             }
             Dot::Pairs => {
-                let (madd, wide) = match lanes {
-                    16 => ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"),
-                    _ => ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
-                };
                 let x = b.bitcast(x, bytes);
                 if form.bits < 8 {
                     let codes = b.bitcast(codes, bytes);
-                    let p = b.intrinsic(madd, &[codes, x], pairs);
+                    let p = b.intrinsic(Intrinsic::Pmaddubsw, &[codes, x], pairs);
                     return b.add(acc, p);
                 }
                 // |c| <= 128 times sign(c) x, with |x| <= 127: two of them fit 16 bits.
@@ -72,10 +68,10 @@ impl Dot {
                 let signed = b.xor(codes, flip);
                 let signed = b.bitcast(signed, bytes);
                 let size = b.unary("math.absi", signed);
-                let x = b.intrinsic("llvm.x86.avx2.psign.b", &[x, signed], bytes);
-                let p = b.intrinsic(madd, &[size, x], pairs);
+                let x = b.intrinsic(Intrinsic::Psignb, &[x, signed], bytes);
+                let p = b.intrinsic(Intrinsic::Pmaddubsw, &[size, x], pairs);
                 let ones = b.splat(pairs, 1.0);
-                let p = b.intrinsic(wide, &[p, ones], acc.ty);
+                let p = b.intrinsic(Intrinsic::Pmaddwd, &[p, ones], acc.ty);
                 b.add(acc, p)
             }
             Dot::Plain => (0..4).fold(acc, |acc, j| {
@@ -94,12 +90,8 @@ impl Dot {
     fn sums(self, b: &mut Body, form: &Form, acc: Val) -> Val {
         match self {
             Dot::Pairs if form.bits < 8 => {
-                let wide = match acc.ty.lanes {
-                    32 => "llvm.x86.avx512.pmaddw.d.512",
-                    _ => "llvm.x86.avx2.pmadd.wd",
-                };
                 let ones = b.splat(acc.ty, 1.0);
-                b.intrinsic(wide, &[acc, ones], vector(acc.ty.lanes / 2, Scalar::I32))
+                b.intrinsic(Intrinsic::Pmaddwd, &[acc, ones], vector(acc.ty.lanes / 2, Scalar::I32))
             }
             _ => acc,
         }

@@ -15,7 +15,7 @@ use super::epilogue::Spot;
 use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise, pointwise};
 use crate::size::Size;
 use crate::target::{Arch, Feature, Target};
-use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar, vector};
+use crate::text::{Body, Cmp, Intrinsic, Scalar, Ty, Val, scalar, vector};
 use half::{bf16, f16};
 
 /// Vectors that a panel is wide.
@@ -461,15 +461,14 @@ impl Unit<'_> {
         if !self.form.store.pairs() {
             return b.fma(w, x, sum);
         }
-        let p = match (b.target.arch, self.form.lanes) {
-            (Arch::X86_64, lanes) => {
-                let name = match lanes {
-                    16 => "llvm.x86.avx512.pmaddw.d.512",
-                    8 => "llvm.x86.avx2.pmadd.wd",
-                    _ => "llvm.x86.sse2.pmadd.wd",
-                };
+        let p = match b.target.arch {
+            Arch::X86_64 if b.target.has(Feature::Avx512Vnni) => {
                 let x = b.bitcast(x, w.ty);
-                b.intrinsic(name, &[w, x], sum.ty)
+                return b.intrinsic(Intrinsic::Vpdpwssd, &[sum, w, x], sum.ty);
+            }
+            Arch::X86_64 => {
+                let x = b.bitcast(x, w.ty);
+                b.intrinsic(Intrinsic::Pmaddwd, &[w, x], sum.ty)
             }
             _ => {
                 let w = b.bitcast(w, sum.ty);

@@ -1,6 +1,6 @@
 //! Packed products, against sums in float64 over the same codes.
 
-use crate::harness::{Loaded, load, targets};
+use crate::harness::{Loaded, emulated, load, targets};
 use codegen::Target;
 use codegen::kernels::packed::{Form, Parts, prepare};
 use codegen::kernels::packed_product::product;
@@ -98,7 +98,7 @@ impl Case {
 fn products_of_packed_weights() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let shapes = [(1, 16, 128), (1, 37, 96), (5, 48, 200), (9, 3, 40), (0, 16, 32), (4, 1, 1)];
-    for target in targets() {
+    for target in targets().into_iter().chain(emulated(&["avx512-vnni", "aarch64-i8mm"])) {
         let mut cases = Vec::new();
         for bits in [2, 4, 8] {
             for (i, (group, zeros, half_scales, int8)) in [
