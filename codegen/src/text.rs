@@ -482,6 +482,31 @@ impl<'t> Body<'t> {
         carried: &[Val],
         body: impl FnOnce(&mut Self, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
+        self.loop_with("", from, to, step, carried, body)
+    }
+
+    /// The same, never unrolled: of a long stretch of code LLVM makes another order, in which registers do not suffice.
+    pub fn rolled(
+        &mut self,
+        from: Val,
+        to: Val,
+        step: usize,
+        carried: &[Val],
+        body: impl FnOnce(&mut Self, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let attribute = " {llvm.loop_annotation = #llvm.loop_annotation<unroll = <disable = true>>}";
+        self.loop_with(attribute, from, to, step, carried, body)
+    }
+
+    fn loop_with(
+        &mut self,
+        attribute: &str,
+        from: Val,
+        to: Val,
+        step: usize,
+        carried: &[Val],
+        body: impl FnOnce(&mut Self, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
         let step = self.size(step);
         let i = self.fresh(scalar(Scalar::I64));
         let inner: Vec<Val> = carried.iter().map(|c| self.fresh(c.ty)).collect();
@@ -502,7 +527,7 @@ impl<'t> Body<'t> {
                 b.line(format_args!("scf.yield {} : {types}", list(&next)));
             }
         });
-        self.line("}");
+        self.line(format_args!("}}{attribute}"));
         results
     }
 

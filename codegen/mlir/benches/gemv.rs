@@ -1,10 +1,11 @@
 //! Packed matrix-vector products out of memory and out of cache, against plain reads of the same bytes in the same run.
+//! With several rows of X, multiply-adds a second count.
 //!
-//! `cargo bench -p qcc-codegen-mlir --features mlir --bench gemv [-- MiB [threads]]`
+//! `cargo bench -p qcc-codegen-mlir --features mlir --bench gemv [-- MiB [threads [rows]]]`
 #![allow(unsafe_code)]
 
 use codegen::kernels::packed::{Form, prepare};
-use codegen::kernels::packed_product::product;
+use codegen::kernels::packed_product::{product, units};
 use codegen::kernels::{Kernel, module};
 use codegen::{Request, Target, link};
 use multiversion::multiversion;
@@ -71,20 +72,22 @@ fn main() {
     let mib = args.first().copied().unwrap_or(1536);
     let all = args.get(1).map_or(vec![1, 2], |&t| vec![t]);
     let target = Target::native();
-    println!("{:28} {:>8} {:>12} {:>12} {:>8}", "kernel", "threads", "read GB/s", "kernel GB/s", "share");
+    let rows = args.get(2).copied().unwrap_or(1);
+    let columns = ["threads", "read GB/s", "kernel GB/s", "share", "GMAC/s"];
+    println!("{:20} {}", "kernel", columns.map(|c| format!("{c:>12}")).concat());
     for int8 in [true, false] {
         for (what, mib, zeros) in
             [("DRAM", mib, false), ("DRAM, zero points", mib, true), ("cache", 8, false)]
         {
             let form = Form { n: SIZE, k: SIZE, group: 32, bits: 4, zeros, half_scales: true, int8 };
             for &threads in &all {
-                measure(&target, &form, what, mib << 20, threads);
+                measure(&target, &form, what, mib << 20, threads, rows);
             }
         }
     }
 }
 
-fn measure(target: &Target, form: &Form, what: &str, bytes: usize, threads: usize) {
+fn measure(target: &Target, form: &Form, what: &str, bytes: usize, threads: usize, rows: usize) {
     let kernels: [Kernel; 2] =
         [prepare(target, form), product(target, form, 1, &|_, _, _, _, _, out| vec![out])];
     let request = Request { mlir: module(&kernels), target: target.clone(), form: codegen::Form::Object };
@@ -96,14 +99,15 @@ fn measure(target: &Target, form: &Form, what: &str, bytes: usize, threads: usiz
     // SAFETY: made above for this machine.
     let kernels = unsafe { Kernels::open(&library, &names).expect("the library loads") };
 
+    let count = units(target, form, rows.into()).eval(&|_| None).expect("a number of rows");
     let matrices = (bytes / form.bytes()).max(1);
     let mut words = vec![0x3c3c_1357_2468_3c3cu64; matrices * form.bytes() / 8];
-    let mut x = vec![0.5f32; form.k];
-    let mut prepared = vec![0u8; form.x_row()];
-    let mut y = vec![0f32; form.n];
+    let mut x = vec![0.5f32; rows * form.k];
+    let mut prepared = vec![0u8; rows * form.x_row()];
+    let mut y = vec![0f32; rows * form.n];
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-    let turns = if matrices == 1 { 200 } else { 5 };
-    let (plain, packed) = pool.install(|| {
+    let turns = if matrices == 1 { 200usize.div_ceil(rows) + 4 } else { 5 };
+    let (plain, time) = pool.install(|| {
         let plain = read(&words, threads, turns);
         let w: *mut u8 = words.as_mut_ptr().cast();
         let time = best(turns, || {
@@ -113,17 +117,17 @@ fn measure(target: &Target, form: &Form, what: &str, bytes: usize, threads: usiz
                     unsafe { kernels.call(&Call { kernel, buffers, dims, units, work: 4096 }) }
                 };
                 let p = prepared.as_mut_ptr();
-                call(0, &[x.as_mut_ptr().cast(), p], &[], 1);
-                call(1, &[p, w.wrapping_add(i * form.bytes()), y.as_mut_ptr().cast()], &[1], form.blocks());
+                call(0, &[x.as_mut_ptr().cast(), p], &[], rows);
+                let buffers = [p, w.wrapping_add(i * form.bytes()), y.as_mut_ptr().cast()];
+                call(1, &buffers, &[rows as i64], count as usize);
             }
         });
-        (plain, (words.len() * 8) as f64 / time)
+        (plain, time)
     });
     let name = format!("{} {what}", if form.int8 { "int8" } else { "f32" });
-    println!(
-        "{name:28} {threads:>8} {:>12.2} {:>12.2} {:>7.1}%",
-        plain / 1e9,
-        packed / 1e9,
-        100.0 * packed / plain
-    );
+    let speed = (words.len() * 8) as f64 / time;
+    let multiplied = (matrices * rows * form.k * form.n) as f64 / time;
+    let numbers = [plain / 1e9, speed / 1e9, 100.0 * speed / plain, multiplied / 1e9];
+    let numbers = numbers.map(|n| format!("{n:>12.2}")).concat();
+    println!("{name:20} {threads:>12}{numbers}");
 }

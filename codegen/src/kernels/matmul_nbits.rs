@@ -3,7 +3,7 @@
 
 use super::epilogue::{Epilogue, Spot};
 use super::packed::{Form, Parts, prepare};
-use super::packed_product::product;
+use super::packed_product::{product, units};
 use super::{Blob, Buffer, Lowered, Step};
 use crate::fuse::Fused;
 use crate::size::Size;
@@ -105,6 +105,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
         outs
     });
     let work = rows.clone() * form.k.div_ceil(2).into();
-    lowered.steps.push(Step { kernel, buffers, dims: vec![rows], units: form.blocks().into(), work });
+    let units = units(target, &form, rows.clone());
+    lowered.steps.push(Step { kernel, buffers, dims: vec![rows], units, work });
     Some(lowered)
 }

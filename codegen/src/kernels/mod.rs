@@ -22,6 +22,7 @@ pub mod matmul_nbits;
 pub mod norm;
 pub mod packed;
 pub mod packed_product;
+mod packed_tiles;
 pub mod panel;
 pub mod pointwise;
 pub mod quantize;

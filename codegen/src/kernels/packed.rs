@@ -25,8 +25,6 @@ pub const ROWS: usize = 16;
 pub(super) const CHUNK: usize = 32;
 /// How far ahead of its use W is asked for, in bytes.
 pub(super) const AHEAD: usize = 4096;
-/// Rows of X that are multiplied at a time.
-pub(super) const TILE: usize = 4;
 
 /// The form of a packed product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,13 +1,14 @@
 //! The product of prepared rows of X and packed W: see [`packed`](super::packed) for their layouts.
 
-use super::packed::{AHEAD, CHUNK, Form, ROWS, TILE};
+use super::packed::{AHEAD, CHUNK, Form, ROWS};
 use super::{Args, Kernel, elementwise, pointwise};
+use crate::size::Size;
 use crate::target::{Arch, Feature, Target};
 use crate::text::{Body, Cmp, Intrinsic, Scalar, Ty, Val, scalar, vector};
 
 /// What multiplies bytes, four to a lane.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Dot {
+pub(super) enum Dot {
     /// AVX-512 VNNI: sums of four in 32 bits.
     Vnni,
     /// `pmaddubsw`: sums of two in 16 bits, which saturate; 4-bit codes do not come near.
@@ -98,281 +99,386 @@ impl Dot {
     }
 }
 
+/// Blocks of 16 rows of W in a unit: they meet a row of X while it is in the first cache.
+pub(super) const BLOCKS: usize = 4;
+
 /// What is done with a row's 16 sums before they are written: of `(row, first output, how many of the 16 are there, sums in
 /// parts)`, the parts of each result.
 pub type Finish<'f> = dyn Fn(&mut Body, &Args, Val, Val, usize, Vec<Val>) -> Vec<Vec<Val>> + 'f;
 
-/// The product. Buffers: prepared rows of X, W, results `[M, N]`, and what `finish` reads. Sizes: M. A unit is 16 outputs of
-/// all rows.
+/// The product. Buffers: prepared rows of X, W, results `[M, N]`, and what `finish` reads. Sizes: M. Units: [`units`].
 pub fn product(target: &Target, form: &Form, results: usize, finish: &Finish) -> Kernel {
-    let kernel = Product {
-        form,
-        lanes: target.lanes().min(ROWS),
-        dot: form.int8.then(|| Dot::of(target, form)),
-        finish,
-    };
+    let kernel = Product::new(target, form, finish);
     let family = format!("matmul_{}bit_{}", form.bits, if form.int8 { "int8" } else { "f32" });
     Kernel::new(target, &family, |b, a| {
         let (x, w) = (a.buffer(b, 0), a.buffer(b, 1));
         let y: Vec<Val> = (0..results).map(|i| a.buffer(b, 2 + i)).collect();
         let rows = a.dim(b, 0);
         let block = b.size(form.groups() * form.record());
-        b.each(a.begin, a.end, 1, |b, nb| {
-            let at = b.mul(nb, block);
-            let w = b.at(w, at);
-            let (zero, tile) = (b.size(0), b.size(TILE));
-            let tiles = b.div(rows, tile);
-            let tiled = b.mul(tiles, tile);
-            b.each(zero, tiled, TILE, |b, m| kernel.rows(b, a, (x, w, &y), nb, m, TILE));
-            b.each(tiled, rows, 1, |b, m| kernel.rows(b, a, (x, w, &y), nb, m, 1));
+        let most = b.size(kernel.most());
+        let room = kernel.tiles().then(|| kernel.room(b));
+        let row_blocks = b.size(kernel.most() - 1);
+        let row_blocks = b.add(rows, row_blocks);
+        let row_blocks = b.div(row_blocks, most);
+        b.each(a.begin, a.end, 1, |b, unit| {
+            let (columns, first) = (b.div(unit, row_blocks), b.rem(unit, row_blocks));
+            let first = b.mul(first, most);
+            let end = b.add(first, most);
+            let rows = (first, b.min(end, rows));
+            let four = b.size(BLOCKS);
+            let from = b.mul(columns, four);
+            let (to, all) = (b.add(from, four), b.size(form.blocks()));
+            let to = b.min(to, all);
+            let left = match &room {
+                Some(room) => kernel.many(b, a, (x, w, &y), room, (from, to), rows),
+                None => first,
+            };
+            b.each(from, to, 1, |b, nb| {
+                let at = b.mul(nb, block);
+                let w = b.at(w, at);
+                b.each(left, rows.1, 1, |b, m| kernel.row(b, a, (x, w, &y), nb, m));
+            });
         });
     })
 }
 
-struct Product<'f> {
-    form: &'f Form,
-    lanes: usize,
+/// The units of a product of so many rows: each is 64 outputs of some rows.
+pub fn units(target: &Target, form: &Form, rows: Size) -> Size {
+    let most = Product::new(target, form, &|_, _, _, _, _, sums| vec![sums]).most();
+    Size::from(form.blocks().div_ceil(BLOCKS)) * rows.div_up(most as u64)
+}
+
+pub(super) struct Product<'f> {
+    pub(super) form: &'f Form,
+    pub(super) lanes: usize,
+    /// Rows that are multiplied at a time where there are many: the registers hold their sums.
+    pub(super) tile: usize,
     /// `None` for f32 activations.
     dot: Option<Dot>,
     finish: &'f Finish<'f>,
 }
 
+/// Where codes are read.
+#[derive(Clone, Copy)]
+pub(super) enum Source {
+    /// In their record.
+    Packed(Val),
+    /// Where they were decoded to: see [`packed_tiles`](super::packed_tiles).
+    Decoded(Val),
+}
+
 impl Product<'_> {
+    fn new<'f>(target: &Target, form: &'f Form, finish: &'f Finish<'f>) -> Product<'f> {
+        let lanes = target.lanes().min(ROWS);
+        let registers = if target.has(Feature::Avx512) || target.arch == Arch::Aarch64 { 32 } else { 16 };
+        // Beside the sums: codes, an element of X, and what the compiler needs.
+        let tile = ((registers - 4) / (ROWS / lanes)).min(12);
+        Product { form, lanes, tile, dot: form.int8.then(|| Dot::of(target, form)), finish }
+    }
+
     /// Vectors that 16 rows of W take.
-    fn parts(&self) -> usize {
+    pub(super) fn parts(&self) -> usize {
         ROWS / self.lanes
     }
 
-    /// `tile` rows of X from `m` on by the block `nb` of W.
-    fn rows(&self, b: &mut Body, a: &Args, (x, w, y): (Val, Val, &[Val]), nb: Val, m: Val, tile: usize) {
+    /// Row `m` of X by the block `nb` of W.
+    fn row(&self, b: &mut Body, a: &Args, (x, w, y): (Val, Val, &[Val]), nb: Val, m: Val) {
         let form = self.form;
         let stride = b.size(form.x_row());
         let at = b.mul(m, stride);
         let x = b.at(x, at);
-        let xs: Vec<Val> = (0..tile).map(|i| b.at_const(x, i * form.x_row())).collect();
         let zero = b.splat(vector(self.lanes, Scalar::F32), 0.0);
         let (from, to) = (b.size(0), b.size(form.groups()));
-        let start = vec![zero; tile * self.parts()];
-        let sums = b.repeat(from, to, 1, &start, |b, g, sums| self.record(b, &xs, w, g, sums));
+        let start = vec![zero; self.parts()];
+        let sums = b.repeat(from, to, 1, &start, |b, g, sums| self.record(b, x, w, g, sums));
+        self.write(b, a, y, nb, m, &sums);
+    }
+
+    /// Finishes and writes row `m` of the block `nb` of outputs.
+    pub(super) fn write(&self, b: &mut Body, a: &Args, y: &[Val], nb: Val, m: Val, sums: &[Val]) {
+        let form = self.form;
         let sixteen = b.size(ROWS);
         let first = b.mul(nb, sixteen);
         let tail = form.n % ROWS;
         if tail == 0 {
-            return self.write(b, a, y, m, first, &sums, ROWS);
+            return self.write_some(b, a, y, m, first, sums, ROWS);
         }
         let last = b.size(form.n - tail);
         let whole = b.cmp(Cmp::Lt, first, last);
-        b.when(whole, |b| self.write(b, a, y, m, first, &sums, ROWS));
-        let partial = b.cmp(Cmp::Ge, first, last);
-        b.when(partial, |b| self.write(b, a, y, m, first, &sums, tail));
+        b.when_else(
+            whole,
+            |b| self.write_some(b, a, y, m, first, sums, ROWS),
+            |b| self.write_some(b, a, y, m, first, sums, tail),
+        );
     }
 
-    /// Finishes and writes rows from `m` on, of which `there` of 16 outputs are there.
+    /// Finishes and writes row `m`, of which `there` of 16 outputs are there.
     #[allow(clippy::too_many_arguments)]
-    fn write(&self, b: &mut Body, a: &Args, y: &[Val], m: Val, first: Val, sums: &[Val], there: usize) {
+    fn write_some(&self, b: &mut Body, a: &Args, y: &[Val], m: Val, first: Val, sums: &[Val], there: usize) {
         let n = b.size(self.form.n);
-        for (i, sums) in sums.chunks(self.parts()).enumerate() {
-            let row = b.size(i);
-            let row = b.add(m, row);
-            let at = b.mul(row, n);
-            let at = b.add(at, first);
-            let results = (self.finish)(b, a, row, first, there, sums.to_vec());
-            for (&y, parts) in y.iter().zip(results) {
-                for (p, v) in parts.into_iter().enumerate() {
-                    let part = b.size(p * self.lanes);
-                    let at = b.add(at, part);
-                    let y = elementwise::element(b, y, at, v.ty.elem);
-                    pointwise::store_some(b, v, y, there.saturating_sub(p * self.lanes).min(self.lanes));
-                }
+        let at = b.mul(m, n);
+        let at = b.add(at, first);
+        let results = (self.finish)(b, a, m, first, there, sums.to_vec());
+        for (&y, parts) in y.iter().zip(results) {
+            for (p, v) in parts.into_iter().enumerate() {
+                let part = b.size(p * self.lanes);
+                let at = b.add(at, part);
+                let y = elementwise::element(b, y, at, v.ty.elem);
+                pointwise::store_some(b, v, y, there.saturating_sub(p * self.lanes).min(self.lanes));
             }
         }
     }
 
-    /// One record: a group of 16 rows of W by the same group of each row of X, added to `sums`.
-    fn record(&self, b: &mut Body, xs: &[Val], w: Val, g: Val, sums: &[Val]) -> Vec<Val> {
-        let (form, parts, lanes) = (self.form, self.parts(), self.lanes);
+    /// One record: a group of 16 rows of W by the same group of a row of X, added to `sums`.
+    fn record(&self, b: &mut Body, x: Val, w: Val, g: Val, sums: &[Val]) -> Vec<Val> {
+        let form = self.form;
         let record = b.size(form.record());
         let at = b.mul(g, record);
         let w = b.at(w, at);
         for line in 0..form.record().div_ceil(64) {
             b.prefetch(w, AHEAD + 64 * line);
         }
-        let floats = vector(lanes, Scalar::F32);
-        let group = b.size(form.group);
-        let first = b.mul(g, group);
-        let x: Vec<Val> = xs.iter().map(|&x| b.element(x, first, form.x_elem())).collect();
-        let dots = self.group(b, &x, w);
-
-        let mut scales = b.at_const(w, form.code_bytes());
-        let half = form.half_scales;
-        let elem = if half { Scalar::F16 } else { Scalar::F32 };
-        let scale: Vec<Val> = (0..parts)
-            .map(|p| {
-                let at = b.at_const(scales, p * lanes * elem.bytes());
-                let s = b.load(at, floats.of(elem));
-                b.cast(s, Scalar::F32)
-            })
-            .collect();
-        scales = b.at_const(scales, ROWS * elem.bytes());
-        let offset = self.dot.map_or(0.0, |d| d.offset(form));
-        let zeros: Vec<Val> = (0..parts)
-            .map(|p| match form.zeros {
-                true => {
-                    let at = b.at_const(scales, p * lanes);
-                    let z = b.load(at, floats.of(Scalar::I8));
-                    let z = b.widen_unsigned(z, Scalar::I32);
-                    let z = b.cast(z, Scalar::F32);
-                    let shift = b.splat(floats, offset);
-                    b.sub(shift, z)
-                }
-                false => b.splat(floats, offset - f64::from(1u32 << (form.bits - 1))),
-            })
-            .collect();
-        let mut out = Vec::with_capacity(sums.len());
-        for (m, &row) in xs.iter().enumerate() {
-            let pairs = b.at_const(row, form.x_data());
-            let pair = b.element(pairs, g, Scalar::I64);
-            let x_scale = b.load(pair, scalar(Scalar::F32));
-            let pair = b.at_const(pair, 4);
-            let x_sum = b.load(pair, scalar(Scalar::F32));
-            let (x_scale, x_sum) = (b.broadcast(x_scale, lanes), b.broadcast(x_sum, lanes));
-            for p in 0..parts {
-                let i = m * parts + p;
-                let t = b.fma(zeros[p], x_sum, dots[i]);
-                let s = if self.dot.is_some() { b.mul(scale[p], x_scale) } else { scale[p] };
-                out.push(b.fma(t, s, sums[i]));
-            }
-        }
-        out
+        let dots = self.group(b, &[x], g, Source::Packed(w));
+        let (scales, zeros) = (self.scales(b, w), self.zeros(b, w));
+        self.scaled(b, x, g, &dots, (&scales, &zeros), sums)
     }
 
-    /// The sums of codes by activations over one group, as floats.
-    fn group(&self, b: &mut Body, x: &[Val], w: Val) -> Vec<Val> {
+    /// The scales of a record.
+    pub(super) fn scales(&self, b: &mut Body, record: Val) -> Vec<Val> {
+        let floats = vector(self.lanes, Scalar::F32);
+        let elem = if self.form.half_scales { Scalar::F16 } else { Scalar::F32 };
+        let load = |p| {
+            let at = b.at_const(record, self.form.code_bytes() + p * self.lanes * elem.bytes());
+            let s = b.load(at, floats.of(elem));
+            b.cast(s, Scalar::F32)
+        };
+        (0..self.parts()).map(load).collect()
+    }
+
+    /// What codes are more than they are written.
+    fn offset(&self) -> f64 {
+        self.dot.map_or(0.0, |d| d.offset(self.form))
+    }
+
+    /// What is added to codes for zero points in the middle.
+    pub(super) fn middle(&self, b: &mut Body) -> Vec<Val> {
+        let zero = self.offset() - f64::from(1u32 << (self.form.bits - 1));
+        vec![b.splat(vector(self.lanes, Scalar::F32), zero); self.parts()]
+    }
+
+    /// What is added to codes for the zero points of a record, as floats.
+    pub(super) fn zeros(&self, b: &mut Body, record: Val) -> Vec<Val> {
+        let (form, floats) = (self.form, vector(self.lanes, Scalar::F32));
+        if !form.zeros {
+            return self.middle(b);
+        }
+        let load = |p| {
+            let at = b.at_const(record, form.record() - ROWS + p * self.lanes);
+            let z = b.load(at, floats.of(Scalar::I8));
+            let z = b.widen_unsigned(z, Scalar::I32);
+            let z = b.cast(z, Scalar::F32);
+            let shift = b.splat(floats, self.offset());
+            b.sub(shift, z)
+        };
+        (0..self.parts()).map(load).collect()
+    }
+
+    /// `sums` and the `dots` of group `g` of a row with their scales.
+    pub(super) fn scaled(
+        &self,
+        b: &mut Body,
+        row: Val,
+        g: Val,
+        dots: &[Val],
+        (scales, zeros): (&[Val], &[Val]),
+        sums: &[Val],
+    ) -> Vec<Val> {
+        let pairs = b.at_const(row, self.form.x_data());
+        let pair = b.element(pairs, g, Scalar::I64);
+        let x_scale = b.load(pair, scalar(Scalar::F32));
+        let pair = b.at_const(pair, 4);
+        let x_sum = b.load(pair, scalar(Scalar::F32));
+        let (x_scale, x_sum) = (b.broadcast(x_scale, self.lanes), b.broadcast(x_sum, self.lanes));
+        let one = |p| {
+            let t = b.fma(zeros[p], x_sum, dots[p]);
+            let s = if self.dot.is_some() { b.mul(scales[p], x_scale) } else { scales[p] };
+            b.fma(t, s, sums[p])
+        };
+        (0..self.parts()).map(one).collect()
+    }
+
+    /// The sums of codes by activations over group `g` of some rows, as floats.
+    pub(super) fn group(&self, b: &mut Body, xs: &[Val], g: Val, source: Source) -> Vec<Val> {
         let form = self.form;
+        let first = b.size(form.group);
+        let first = b.mul(g, first);
+        let x: Vec<Val> = xs.iter().map(|&x| b.element(x, first, form.x_elem())).collect();
         let chunk = form.group.min(CHUNK);
         let chunks = form.group / chunk;
-        let sums = x.len() * self.parts();
-        let ty = match self.dot {
-            Some(_) => vector(self.lanes, Scalar::I32),
-            None => vector(self.lanes, Scalar::F32),
-        };
-        let zero = b.splat(ty, 0.0);
-        let start = vec![zero; sums];
+        let elem = if self.dot.is_some() { Scalar::I32 } else { Scalar::F32 };
+        let zero = b.splat(vector(self.lanes, elem), 0.0);
+        let start = vec![zero; x.len() * self.parts()];
         let out = match chunks {
-            1 => self.chunk(b, x, w, &start),
+            1 => self.chunk(b, &x, source, &start),
             _ => {
                 let (from, to) = (b.size(0), b.size(chunks));
                 b.repeat(from, to, 1, &start, |b, c, sums| {
-                    let (w_step, x_step) = (form.code_bytes() / chunks, chunk);
-                    let (w_step, x_step) = (b.size(w_step), b.size(x_step));
-                    let at = b.mul(c, w_step);
-                    let w = b.at(w, at);
-                    let at = b.mul(c, x_step);
-                    let x: Vec<Val> = x.iter().map(|&x| b.element(x, at, form.x_elem())).collect();
-                    self.chunk(b, &x, w, sums)
+                    let step = b.size(chunk);
+                    let k = b.mul(c, step);
+                    let (x, source) = match source {
+                        Source::Packed(w) => {
+                            let (x, _) = self.later(b, &x, w, k);
+                            let step = b.size(form.code_bytes() / chunks);
+                            let offset = b.mul(c, step);
+                            (x, Source::Packed(b.at(w, offset)))
+                        }
+                        Source::Decoded(w) => {
+                            let (x, w) = self.later(b, &x, w, k);
+                            (x, Source::Decoded(w))
+                        }
+                    };
+                    self.chunk(b, &x, source, sums)
                 })
             }
         };
         out.into_iter().map(|v| b.cast(v, Scalar::F32)).collect()
     }
 
+    /// Rows of X and decoded codes, `k` elements on.
+    fn later(&self, b: &mut Body, x: &[Val], codes: Val, k: Val) -> (Vec<Val>, Val) {
+        let x = x.iter().map(|&x| b.element(x, k, self.form.x_elem())).collect();
+        let bytes = b.size(self.decoded());
+        let offset = b.mul(k, bytes);
+        (x, b.at(codes, offset))
+    }
+
     /// At most 32 elements of K.
-    fn chunk(&self, b: &mut Body, x: &[Val], w: Val, sums: &[Val]) -> Vec<Val> {
+    fn chunk(&self, b: &mut Body, x: &[Val], source: Source, sums: &[Val]) -> Vec<Val> {
         match self.dot {
-            Some(dot) => self.chunk_int8(b, dot, x, w, sums),
-            None => self.chunk_f32(b, x, w, sums),
+            Some(dot) => self.chunk_int8(b, dot, x, source, sums),
+            None => self.chunk_f32(b, x, source, sums),
         }
     }
 
-    fn words(&self, b: &mut Body, w: Val, word: usize) -> Vec<Val> {
-        (0..self.parts())
-            .map(|p| {
-                let at = b.at_const(w, (word * ROWS + p * self.lanes) * 4);
-                b.load(at, vector(self.lanes, Scalar::I32))
-            })
-            .collect()
+    /// Bytes that 16 decoded codes take: one each, or a float.
+    pub(super) fn decoded(&self) -> usize {
+        ROWS * self.form.x_elem().bytes()
     }
 
-    fn chunk_int8(&self, b: &mut Body, dot: Dot, x: &[Val], w: Val, sums: &[Val]) -> Vec<Val> {
+    /// The codes of elements `k` and, as bytes, the three after it, which are in one plane of a word.
+    pub(super) fn codes(&self, b: &mut Body, source: Source, k: usize) -> Vec<Val> {
+        let ty = vector(self.lanes, if self.dot.is_some() { Scalar::I32 } else { Scalar::F32 });
+        let form = self.form;
+        let one = |p: usize| match source {
+            Source::Decoded(w) => {
+                let at = b.at_const(w, k * self.decoded() + p * self.lanes * 4);
+                b.load(at, ty)
+            }
+            Source::Packed(w) => {
+                let at = b.at_const(w, (k / form.per_word() * ROWS + p * self.lanes) * 4);
+                let word = b.load(at, ty.of(Scalar::I32));
+                if self.dot.is_some() { self.bytes(b, word, k) } else { self.float(b, word, k) }
+            }
+        };
+        (0..self.parts()).map(one).collect()
+    }
+
+    /// The plane of `k` of a word: four codes.
+    fn bytes(&self, b: &mut Body, word: Val, k: usize) -> Val {
+        let bits = self.form.bits;
+        if bits == 8 {
+            return word;
+        }
+        let byte = i64::from(0x0101_0101i32) * ((1i64 << bits) - 1);
+        let mask = b.splat(word.ty, f64::from(byte as u32 as i32));
+        let plane = b.shr(word, k % self.form.per_word() / 4 * bits);
+        b.and(plane, mask)
+    }
+
+    /// The code of `k` where it stands in its word: its element of X was scaled for that.
+    fn float(&self, b: &mut Body, word: Val, k: usize) -> Val {
+        let (form, place) = (self.form, self.form.place(k));
+        let code = match place + form.bits == 32 {
+            true => b.shr(word, place),
+            false => {
+                let bits = ((1i64 << form.bits) - 1) << place;
+                let mask = b.splat(word.ty, bits as f64);
+                b.and(word, mask)
+            }
+        };
+        b.cast(code, Scalar::F32)
+    }
+
+    fn chunk_int8(&self, b: &mut Body, dot: Dot, x: &[Val], source: Source, sums: &[Val]) -> Vec<Val> {
         let (form, parts, lanes) = (self.form, self.parts(), self.lanes);
         let zero = b.splat(dot.accumulator(form, lanes), 0.0);
         let own = dot.accumulator(form, lanes) != sums[0].ty;
         let mut acc = if own { vec![zero; sums.len()] } else { sums.to_vec() };
-        let byte = i64::from(0x0101_0101i32) * ((1i64 << form.bits) - 1);
-        let mask = b.splat(vector(lanes, Scalar::I32), f64::from(byte as u32 as i32));
-        for word in 0..form.group.min(CHUNK) / form.per_word() {
-            let codes = self.words(b, w, word);
-            for plane in 0..8 / form.bits {
-                let codes: Vec<Val> = codes
-                    .iter()
-                    .map(|&c| match form.bits {
-                        8 => c,
-                        _ => {
-                            let c = b.shr(c, plane * form.bits);
-                            b.and(c, mask)
-                        }
-                    })
-                    .collect();
-                for (m, &x) in x.iter().enumerate() {
-                    let at = b.at_const(x, word * form.per_word() + 4 * plane);
-                    let four = b.load_bytes_as(at, Scalar::I32);
-                    let four = b.broadcast(four, lanes);
-                    for (p, &codes) in codes.iter().enumerate() {
-                        let i = m * parts + p;
-                        acc[i] = dot.four(b, form, acc[i], codes, four);
-                    }
+        let length = form.group.min(CHUNK);
+        let four = |b: &mut Body, x: &[Val], source: Source, k: usize, acc: &mut [Val]| {
+            let codes = self.codes(b, source, k);
+            for (m, &x) in x.iter().enumerate() {
+                let at = b.at_const(x, k);
+                let four = b.load_bytes_as(at, Scalar::I32);
+                let four = b.broadcast(four, lanes);
+                for (p, &codes) in codes.iter().enumerate() {
+                    let i = m * parts + p;
+                    acc[i] = dot.four(b, form, acc[i], codes, four);
                 }
             }
+        };
+        match source {
+            Source::Packed(_) => (0..length).step_by(4).for_each(|k| four(b, x, source, k, &mut acc)),
+            Source::Decoded(w) => {
+                let (from, to) = (b.size(0), b.size(length));
+                acc = b.rolled(from, to, 4, &acc, |b, k, acc| {
+                    let (x, w) = self.later(b, x, w, k);
+                    let mut acc = acc.to_vec();
+                    four(b, &x, Source::Decoded(w), 0, &mut acc);
+                    acc
+                });
+            }
         }
-        match own {
-            false => acc,
-            true => acc
-                .into_iter()
-                .zip(sums)
-                .map(|(a, &s)| {
-                    let a = dot.sums(b, form, a);
-                    b.add(a, s)
-                })
-                .collect(),
+        if !own {
+            return acc;
         }
+        let sum = |(acc, &sum): (Val, &Val)| {
+            let acc = dot.sums(b, form, acc);
+            b.add(acc, sum)
+        };
+        acc.into_iter().zip(sums).map(sum).collect()
     }
 
-    fn chunk_f32(&self, b: &mut Body, x: &[Val], w: Val, sums: &[Val]) -> Vec<Val> {
-        let (form, parts, lanes) = (self.form, self.parts(), self.lanes);
-        let words = vector(lanes, Scalar::I32);
+    fn chunk_f32(&self, b: &mut Body, x: &[Val], source: Source, sums: &[Val]) -> Vec<Val> {
+        let (parts, lanes) = (self.parts(), self.lanes);
         // A sum waits for the one before it; one row alone takes four of them in turn.
-        let chains = if x.len() == 1 { 4 } else { 1 };
+        let chains = if matches!(source, Source::Packed(_)) { 4 } else { 1 };
         let zero = b.splat(sums[0].ty, 0.0);
         let mut acc: Vec<Vec<Val>> =
             (0..chains).map(|c| if c == 0 { sums.to_vec() } else { vec![zero; sums.len()] }).collect();
-        for word in 0..form.group.min(CHUNK) / form.per_word() {
-            let codes = self.words(b, w, word);
-            for k in 0..form.per_word() {
-                let place = form.place(k);
-                let codes: Vec<Val> = codes
-                    .iter()
-                    .map(|&c| {
-                        let c = match place + form.bits == 32 {
-                            true => b.shr(c, place),
-                            false => {
-                                let bits = ((1i64 << form.bits) - 1) << place;
-                                let mask = b.splat(words, bits as f64);
-                                b.and(c, mask)
-                            }
-                        };
-                        b.cast(c, Scalar::F32)
-                    })
-                    .collect();
-                let chain = &mut acc[k % chains];
-                for (m, &x) in x.iter().enumerate() {
-                    let at = b.at_const(x, (word * form.per_word() + k) * 4);
-                    let one = b.load(at, scalar(Scalar::F32));
-                    let one = b.broadcast(one, lanes);
-                    for (p, &codes) in codes.iter().enumerate() {
-                        let i = m * parts + p;
-                        chain[i] = b.fma(codes, one, chain[i]);
-                    }
+        let length = self.form.group.min(CHUNK);
+        let one = |b: &mut Body, x: &[Val], source: Source, k: usize, acc: &mut [Val]| {
+            let codes = self.codes(b, source, k);
+            for (m, &x) in x.iter().enumerate() {
+                let at = b.at_const(x, k * 4);
+                let one = b.load(at, scalar(Scalar::F32));
+                let one = b.broadcast(one, lanes);
+                for (p, &codes) in codes.iter().enumerate() {
+                    let i = m * parts + p;
+                    acc[i] = b.fma(codes, one, acc[i]);
                 }
+            }
+        };
+        match source {
+            Source::Packed(_) => (0..length).for_each(|k| one(b, x, source, k, &mut acc[k % chains])),
+            Source::Decoded(w) => {
+                let (from, to) = (b.size(0), b.size(length));
+                acc[0] = b.rolled(from, to, 1, &acc[0], |b, k, acc| {
+                    let (x, w) = self.later(b, x, w, k);
+                    let mut acc = acc.to_vec();
+                    one(b, &x, Source::Decoded(w), 0, &mut acc);
+                    acc
+                });
             }
         }
         let mut acc = acc.into_iter();

@@ -1,0 +1,214 @@
+//! Many rows of X by packed W: see [`packed`](super::packed) for the layouts.
+//!
+//! Codes of some groups of four blocks of 16 rows of W are decoded once, to bytes or floats, four columns of K or one after
+//! another, and are then multiplied by tile after tile of rows of X. So the inner loop has loads, products and sums only, and
+//! its sums of one group are in registers; those of all groups are on the stack. A row's sums are made as they are for one row
+//! alone.
+
+use super::Args;
+use super::packed::ROWS;
+use super::packed_product::{BLOCKS, Product, Source};
+use crate::text::{Body, Cmp, Scalar, Val, vector};
+
+/// Bytes of codes that are decoded at a time, if a group has no more: half of a first cache.
+const DECODED: usize = 1 << 14;
+/// Longer groups would take too much of the stack.
+const MOST: usize = 1 << 17;
+/// Tiles of a unit.
+const TILES: usize = 8;
+
+/// Room of a unit on the stack.
+pub(super) struct Room {
+    /// `[block][k][16]`, or `[block][k / 4][16][4]` bytes.
+    codes: Val,
+    /// `[block][group][16]` f32.
+    scales: Val,
+    /// `[block][group][16]` f32; only where W has zero points.
+    zeros: Val,
+    /// `[row - first][block][16]` f32.
+    sums: Val,
+}
+
+/// A unit: whole tiles of rows, and blocks, each from the first to behind the last.
+struct Unit<'r> {
+    room: &'r Room,
+    rows: (Val, Val),
+    blocks: (Val, Val),
+}
+
+impl Product<'_> {
+    /// Whether many rows are multiplied in tiles.
+    pub(super) fn tiles(&self) -> bool {
+        self.group_bytes() * BLOCKS <= MOST
+    }
+
+    /// Bytes of a decoded group of a block.
+    fn group_bytes(&self) -> usize {
+        self.form.group * self.decoded()
+    }
+
+    /// Rows of a unit.
+    pub(super) fn most(&self) -> usize {
+        TILES * self.tile
+    }
+
+    /// Groups that are decoded at a time.
+    fn run(&self) -> usize {
+        (DECODED / BLOCKS / self.group_bytes()).clamp(1, self.form.groups())
+    }
+
+    pub(super) fn room(&self, b: &mut Body) -> Room {
+        let groups = BLOCKS * self.run();
+        let words = groups * ROWS / 2;
+        Room {
+            codes: b.room(groups * self.group_bytes() / 8),
+            scales: b.room(words),
+            zeros: b.room(if self.form.zeros { words } else { 0 }),
+            sums: b.room(self.most() * BLOCKS * ROWS / 2),
+        }
+    }
+
+    /// Whole tiles of the rows `first..end` of X by some blocks of W: the first row that is left.
+    pub(super) fn many(
+        &self,
+        b: &mut Body,
+        a: &Args,
+        (x, w, y): (Val, Val, &[Val]),
+        room: &Room,
+        blocks: (Val, Val),
+        (first, end): (Val, Val),
+    ) -> Val {
+        let tiled = b.whole_steps(first, end, self.tile);
+        let unit = Unit { room, rows: (first, tiled), blocks };
+        let some = b.cmp(Cmp::Lt, first, tiled);
+        b.when(some, |b| {
+            let none = vec![b.splat(vector(self.lanes, Scalar::F32), 0.0); self.parts()];
+            self.all(b, &unit, |b, _, sums, _| self.store(b, sums, &none));
+            let (zero, groups) = (b.size(0), b.size(self.form.groups()));
+            b.each(zero, groups, self.run(), |b, from| {
+                let next = b.size(self.run());
+                let next = b.add(from, next);
+                let run = (from, b.min(next, groups));
+                b.each(blocks.0, blocks.1, 1, |b, nb| self.decode(b, w, &unit, nb, run));
+                b.each(first, tiled, self.tile, |b, m| {
+                    b.each(blocks.0, blocks.1, 1, |b, nb| self.multiply(b, x, &unit, nb, m, run));
+                });
+            });
+            self.all(b, &unit, |b, m, sums, nb| {
+                let sums = self.load(b, sums);
+                self.write(b, a, y, nb, m, &sums);
+            });
+        });
+        tiled
+    }
+
+    /// `body(row, its sums, block)` for all of a unit.
+    fn all(&self, b: &mut Body, unit: &Unit, body: impl Fn(&mut Body, Val, Val, Val)) {
+        b.each(unit.rows.0, unit.rows.1, 1, |b, m| {
+            b.each(unit.blocks.0, unit.blocks.1, 1, |b, nb| {
+                let sums = self.sums(b, unit, m, nb);
+                body(b, m, sums, nb);
+            });
+        });
+    }
+
+    /// Where the sums of row `m` by the block `nb` are.
+    fn sums(&self, b: &mut Body, unit: &Unit, m: Val, nb: Val) -> Val {
+        let (row, block) = (b.sub(m, unit.rows.0), b.sub(nb, unit.blocks.0));
+        let blocks = b.size(BLOCKS);
+        let at = b.mul(row, blocks);
+        let at = b.add(at, block);
+        let bytes = b.size(ROWS * 4);
+        let at = b.mul(at, bytes);
+        b.at(unit.room.sums, at)
+    }
+
+    /// Where the group `g` of a run that begins at `from` is in `at`, in which a group of a block takes so many bytes.
+    fn place(&self, b: &mut Body, unit: &Unit, at: Val, (nb, g, from): (Val, Val, Val), bytes: usize) -> Val {
+        let (block, run, g) = (b.sub(nb, unit.blocks.0), b.size(self.run()), b.sub(g, from));
+        let i = b.mul(block, run);
+        let i = b.add(i, g);
+        let bytes = b.size(bytes);
+        let offset = b.mul(i, bytes);
+        b.at(at, offset)
+    }
+
+    /// 16 floats.
+    fn load(&self, b: &mut Body, at: Val) -> Vec<Val> {
+        let load = |p| {
+            let at = b.at_const(at, p * self.lanes * 4);
+            b.load(at, vector(self.lanes, Scalar::F32))
+        };
+        (0..self.parts()).map(load).collect()
+    }
+
+    fn store(&self, b: &mut Body, at: Val, values: &[Val]) {
+        for (p, &v) in values.iter().enumerate() {
+            let at = b.at_const(at, p * self.lanes * 4);
+            b.store(v, at);
+        }
+    }
+
+    /// Decodes a run of groups of the block `nb`.
+    fn decode(&self, b: &mut Body, w: Val, unit: &Unit, nb: Val, (from, to): (Val, Val)) {
+        let (form, room) = (self.form, unit.room);
+        let step = if form.int8 { 4 } else { 1 };
+        let block = b.size(form.groups() * form.record());
+        let at = b.mul(nb, block);
+        let w = b.at(w, at);
+        b.each(from, to, 1, |b, g| {
+            let record = b.size(form.record());
+            let at = b.mul(g, record);
+            let w = b.at(w, at);
+            let codes = self.place(b, unit, room.codes, (nb, g, from), self.group_bytes());
+            let (zero, words) = (b.size(0), b.size(form.group / form.per_word()));
+            b.each(zero, words, 1, |b, word| {
+                let (stride, bytes) = (b.size(ROWS * 4), b.size(form.per_word() * self.decoded()));
+                let (from, to) = (b.mul(word, stride), b.mul(word, bytes));
+                let (w, codes) = (b.at(w, from), b.at(codes, to));
+                for k in (0..form.per_word()).step_by(step) {
+                    let at = b.at_const(codes, k * self.decoded());
+                    let values = self.codes(b, Source::Packed(w), k);
+                    self.store(b, at, &values);
+                }
+            });
+            let scales = self.scales(b, w);
+            let at = self.place(b, unit, room.scales, (nb, g, from), ROWS * 4);
+            self.store(b, at, &scales);
+            if form.zeros {
+                let zeros = self.zeros(b, w);
+                let at = self.place(b, unit, room.zeros, (nb, g, from), ROWS * 4);
+                self.store(b, at, &zeros);
+            }
+        });
+    }
+
+    /// A tile of rows from `m` on by a run of groups of the block `nb`, added to their sums.
+    fn multiply(&self, b: &mut Body, x: Val, unit: &Unit, nb: Val, m: Val, (from, to): (Val, Val)) {
+        let (form, room) = (self.form, unit.room);
+        let stride = b.size(form.x_row());
+        let at = b.mul(m, stride);
+        let x = b.at(x, at);
+        let rows: Vec<Val> = (0..self.tile).map(|i| b.at_const(x, i * form.x_row())).collect();
+        let first = self.sums(b, unit, m, nb);
+        b.each(from, to, 1, |b, g| {
+            let codes = self.place(b, unit, room.codes, (nb, g, from), self.group_bytes());
+            let dots = self.group(b, &rows, g, Source::Decoded(codes));
+            let scales = self.place(b, unit, room.scales, (nb, g, from), ROWS * 4);
+            let scales = self.load(b, scales);
+            let zeros = match form.zeros {
+                true => {
+                    let zeros = self.place(b, unit, room.zeros, (nb, g, from), ROWS * 4);
+                    self.load(b, zeros)
+                }
+                false => self.middle(b),
+            };
+            for (i, (&row, dots)) in rows.iter().zip(dots.chunks(self.parts())).enumerate() {
+                let at = b.at_const(first, i * BLOCKS * ROWS * 4);
+                let sums = self.load(b, at);
+                let sums = self.scaled(b, row, g, dots, (&scales, &zeros), &sums);
+                self.store(b, at, &sums);
+            }
+        });
+    }
+}
