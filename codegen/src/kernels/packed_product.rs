@@ -13,8 +13,10 @@ pub(super) enum Dot {
     Vnni,
     /// `pmaddubsw`: sums of two in 16 bits, which saturate; 4-bit codes do not come near.
     Pairs,
-    /// aarch64's sdot.
+    /// aarch64's sdot, signed by signed: sums of four in 32 bits.
     Sdot,
+    /// Unsigned by signed; and `usmmla`, twice as many products, where rows of X come in pairs.
+    Usdot,
     /// Byte by byte.
     Plain,
 }
@@ -22,8 +24,8 @@ pub(super) enum Dot {
 impl Dot {
     fn of(target: &Target, form: &Form) -> Dot {
         match target.arch {
-            // Signed by signed: 8-bit codes do not fit.
-            Arch::Aarch64 if target.has(Feature::DotProd) && form.bits < 8 => Dot::Sdot,
+            Arch::Aarch64 if target.has(Feature::I8mm) => Dot::Usdot,
+            Arch::Aarch64 if target.has(Feature::DotProd) => Dot::Sdot,
             Arch::X86_64 if target.has(Feature::Avx512Vnni) => Dot::Vnni,
             Arch::X86_64 if target.has(Feature::Avx2) && (form.bits < 8 || !target.has(Feature::Avx512)) => {
                 Dot::Pairs
@@ -34,7 +36,7 @@ impl Dot {
 
     /// What codes are less than they are written: 8-bit ones are taken signed where the instruction wants it.
     fn offset(self, form: &Form) -> f64 {
-        if self == Dot::Pairs && form.bits == 8 { 128.0 } else { 0.0 }
+        if matches!(self, Dot::Pairs | Dot::Sdot) && form.bits == 8 { 128.0 } else { 0.0 }
     }
 
     fn accumulator(self, form: &Form, lanes: usize) -> Ty {
@@ -54,8 +56,13 @@ impl Dot {
                 b.intrinsic(Intrinsic::Vpdpbusd, &[acc, codes, x], acc.ty)
             }
             Dot::Sdot => {
+                let codes = if form.bits == 8 { signed(b, codes) } else { codes };
                 let (codes, x) = (b.bitcast(codes, bytes), b.bitcast(x, bytes));
                 b.intrinsic(Intrinsic::Sdot, &[acc, codes, x], acc.ty)
+            }
+            Dot::Usdot => {
+                let (codes, x) = (b.bitcast(codes, bytes), b.bitcast(x, bytes));
+                b.intrinsic(Intrinsic::Usdot, &[acc, codes, x], acc.ty)
             }
             Dot::Pairs => {
                 let x = b.bitcast(x, bytes);
@@ -65,8 +72,7 @@ impl Dot {
                     return b.add(acc, p);
                 }
                 // |c| <= 128 times sign(c) x, with |x| <= 127: two of them fit 16 bits.
-                let flip = b.splat(codes.ty, f64::from(0x8080_8080u32 as i32));
-                let signed = b.xor(codes, flip);
+                let signed = signed(b, codes);
                 let signed = b.bitcast(signed, bytes);
                 let size = b.unary("math.absi", signed);
                 let x = b.intrinsic(Intrinsic::Psignb, &[x, signed], bytes);
@@ -97,6 +103,12 @@ impl Dot {
             _ => acc,
         }
     }
+}
+
+/// 8-bit codes, each less 128.
+fn signed(b: &mut Body, codes: Val) -> Val {
+    let flip = b.splat(codes.ty, f64::from(0x8080_8080u32 as i32));
+    b.xor(codes, flip)
 }
 
 /// Blocks of 16 rows of W in a unit: they meet a row of X while it is in the first cache.
@@ -173,7 +185,9 @@ impl Product<'_> {
         let registers = if target.has(Feature::Avx512) || target.arch == Arch::Aarch64 { 32 } else { 16 };
         // Beside the sums: codes, an element of X, and what the compiler needs.
         let tile = ((registers - 4) / (ROWS / lanes)).min(12);
-        Product { form, lanes, tile, dot: form.int8.then(|| Dot::of(target, form)), finish }
+        let dot = form.int8.then(|| Dot::of(target, form));
+        let tile = if dot == Some(Dot::Usdot) { tile / 2 * 2 } else { tile };
+        Product { form, lanes, tile, dot, finish }
     }
 
     /// Vectors that 16 rows of W take.
@@ -345,7 +359,7 @@ impl Product<'_> {
     }
 
     /// Rows of X and decoded codes, `k` elements on.
-    fn later(&self, b: &mut Body, x: &[Val], codes: Val, k: Val) -> (Vec<Val>, Val) {
+    pub(super) fn later(&self, b: &mut Body, x: &[Val], codes: Val, k: Val) -> (Vec<Val>, Val) {
         let x = x.iter().map(|&x| b.element(x, k, self.form.x_elem())).collect();
         let bytes = b.size(self.decoded());
         let offset = b.mul(k, bytes);
@@ -429,6 +443,7 @@ impl Product<'_> {
         };
         match source {
             Source::Packed(_) => (0..length).step_by(4).for_each(|k| four(b, x, source, k, &mut acc)),
+            Source::Decoded(w) if dot == Dot::Usdot => return self.pairs(b, x, w, sums),
             Source::Decoded(w) => {
                 let (from, to) = (b.size(0), b.size(length));
                 acc = b.rolled(from, to, 4, &acc, |b, k, acc| {

@@ -6,9 +6,9 @@
 //! alone.
 
 use super::Args;
-use super::packed::ROWS;
+use super::packed::{CHUNK, ROWS};
 use super::packed_product::{BLOCKS, Product, Source};
-use crate::text::{Body, Cmp, Scalar, Val, vector};
+use crate::text::{Body, Cmp, Intrinsic, Scalar, Val, vector};
 
 /// Bytes of codes that are decoded at a time, if a group has no more: half of a first cache.
 const DECODED: usize = 1 << 14;
@@ -181,6 +181,49 @@ impl Product<'_> {
                 self.store(b, at, &zeros);
             }
         });
+    }
+
+    /// Decoded codes of at most 32 elements of K by pairs of rows of X, added to their sums: 2 by 8 codes meet 2 by 8 bytes,
+    /// and a vector has the sums of two rows of W by two of X.
+    pub(super) fn pairs(&self, b: &mut Body, x: &[Val], w: Val, sums: &[Val]) -> Vec<Val> {
+        let (parts, bytes) = (self.parts(), vector(16, Scalar::I8));
+        let zero = b.splat(vector(4, Scalar::I32), 0.0);
+        let (from, to) = (b.size(0), b.size(self.form.group.min(CHUNK)));
+        let start = vec![zero; x.len() / 2 * 2 * parts];
+        let acc = b.rolled(from, to, 8, &start, |b, k, acc| {
+            let (x, w) = self.later(b, x, w, k);
+            let [first, second] = [0, 4].map(|k| self.codes(b, Source::Decoded(w), k));
+            let pairs: Vec<Val> = first
+                .iter()
+                .zip(&second)
+                .flat_map(|(&f, &s)| [(f, s, 0), (f, s, 2)])
+                .map(|(f, s, i)| {
+                    let two = b.shuffle(f, s, &[i, 4 + i, 1 + i, 5 + i]);
+                    b.bitcast(two, bytes)
+                })
+                .collect();
+            let rows: Vec<Val> = x
+                .chunks(2)
+                .map(|two| {
+                    let [upper, lower] = [two[0], two[1]].map(|x| b.load_bytes_as(x, Scalar::I64));
+                    let both = b.broadcast(upper, 2);
+                    let both = b.insert(lower, both, 1);
+                    b.bitcast(both, bytes)
+                })
+                .collect();
+            let each = rows.iter().flat_map(|&x| pairs.iter().map(move |&w| (x, w)));
+            each.zip(acc).map(|((x, w), &acc)| b.intrinsic(Intrinsic::Usmmla, &[acc, w, x], acc.ty)).collect()
+        });
+        let mut out = Vec::with_capacity(sums.len());
+        for (i, rows) in acc.chunks(2 * parts).enumerate() {
+            for row in 0..2 {
+                for (p, four) in rows.chunks(2).enumerate() {
+                    let own = b.shuffle(four[0], four[1], &[row, 2 + row, 4 + row, 6 + row]);
+                    out.push(b.add(own, sums[(2 * i + row) * parts + p]));
+                }
+            }
+        }
+        out
     }
 
     /// A tile of rows from `m` on by a run of groups of the block `nb`, added to their sums.

@@ -20,11 +20,13 @@ pub enum Intrinsic {
     Vpdpwssd,
     /// s8 by s8, four products added to a sum of 32 bits.
     Sdot,
-    /// Two rows of 8 s8 by two rows of 8 s8, each by each, added to sums of 32 bits.
-    Smmla,
+    /// u8 by s8, four products added to a sum of 32 bits.
+    Usdot,
+    /// Two rows of 8 u8 by two rows of 8 s8, each by each, added to sums of 32 bits.
+    Usmmla,
 }
 
-use Intrinsic::{Pmaddubsw, Pmaddwd, Psignb, Sdot, Smmla, Vpdpbusd, Vpdpwssd};
+use Intrinsic::{Pmaddubsw, Pmaddwd, Psignb, Sdot, Usdot, Usmmla, Vpdpbusd, Vpdpwssd};
 
 /// Of each instruction: bytes of its registers, LLVM's name, what it takes.
 const FORMS: &[(Intrinsic, usize, &str, Arch, Option<Feature>)] = &[
@@ -37,7 +39,8 @@ const FORMS: &[(Intrinsic, usize, &str, Arch, Option<Feature>)] = &[
     (Vpdpbusd, 64, "llvm.x86.avx512.vpdpbusd.512", Arch::X86_64, Some(Feature::Avx512Vnni)),
     (Vpdpwssd, 64, "llvm.x86.avx512.vpdpwssd.512", Arch::X86_64, Some(Feature::Avx512Vnni)),
     (Sdot, 16, "llvm.aarch64.neon.sdot.v4i32.v16i8", Arch::Aarch64, Some(Feature::DotProd)),
-    (Smmla, 16, "llvm.aarch64.neon.smmla.v4i32.v16i8", Arch::Aarch64, Some(Feature::I8mm)),
+    (Usdot, 16, "llvm.aarch64.neon.usdot.v4i32.v16i8", Arch::Aarch64, Some(Feature::I8mm)),
+    (Usmmla, 16, "llvm.aarch64.neon.usmmla.v4i32.v16i8", Arch::Aarch64, Some(Feature::I8mm)),
 ];
 
 impl Intrinsic {
@@ -50,7 +53,7 @@ impl Intrinsic {
             Pmaddwd => (vec![i16, i16], i32),
             Psignb => (vec![i8, i8], i8),
             Vpdpwssd => (vec![i32, i16, i16], i32),
-            Vpdpbusd | Sdot | Smmla => (vec![i32, i8, i8], i32),
+            Vpdpbusd | Sdot | Usdot | Usmmla => (vec![i32, i8, i8], i32),
         }
     }
 
@@ -107,7 +110,7 @@ impl Intrinsic {
                 let y = b.select(negative, minus, x);
                 b.select(none, zero, y)
             }
-            (Vpdpbusd | Sdot, &[sum, x, y]) => [24, 16, 8, 0].iter().fold(sum, |sum, &up| {
+            (Vpdpbusd | Sdot | Usdot, &[sum, x, y]) => [24, 16, 8, 0].iter().fold(sum, |sum, &up| {
                 let x = part(b, x, words, up, 24, self == Sdot);
                 let y = part(b, y, words, up, 24, true);
                 let p = b.mul(x, y);
@@ -117,12 +120,12 @@ impl Intrinsic {
                 let p = Pmaddwd.emulate(b, &[x, y], ty);
                 b.add(sum, p)
             }
-            (Smmla, &[sum, x, y]) => {
-                let mut out = sum;
+            (Usmmla, &[sum, x, y]) => {
+                let (x, mut out) = (b.widen_unsigned(x, Scalar::I32), sum);
+                let y = b.cast(y, Scalar::I32);
                 for (i, j) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                     let row = |b: &mut Body, v: Val, i: usize| {
-                        let v = b.shuffle(v, v, &(8 * i..8 * i + 8).collect::<Vec<_>>());
-                        b.cast(v, Scalar::I32)
+                        b.shuffle(v, v, &(8 * i..8 * i + 8).collect::<Vec<_>>())
                     };
                     let (x, y) = (row(b, x, i), row(b, y, j));
                     let p = b.mul(x, y);

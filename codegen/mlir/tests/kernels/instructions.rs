@@ -42,11 +42,11 @@ fn manual(which: Intrinsic, args: &[Vec<u8>]) -> Vec<u8> {
             let pairs = signed(&args[0], 1).into_iter().zip(signed(&args[1], 1));
             packed(pairs.map(|(x, sign)| x * sign.signum()), 1)
         }
-        Intrinsic::Vpdpbusd => added(dot(&unsigned(&args[1]), &signed(&args[2], 1), 4)),
+        Intrinsic::Vpdpbusd | Intrinsic::Usdot => added(dot(&unsigned(&args[1]), &signed(&args[2], 1), 4)),
         Intrinsic::Vpdpwssd => added(dot(&signed(&args[1], 2), &signed(&args[2], 2), 2)),
         Intrinsic::Sdot => added(dot(&signed(&args[1], 1), &signed(&args[2], 1), 4)),
-        Intrinsic::Smmla => {
-            let (x, y) = (signed(&args[1], 1), signed(&args[2], 1));
+        Intrinsic::Usmmla => {
+            let (x, y) = (unsigned(&args[1]), signed(&args[2], 1));
             let cells = [(0, 0), (0, 1), (1, 0), (1, 1)];
             added(cells.iter().map(|(i, j)| dot(&x[8 * i..][..8], &y[8 * j..][..8], 8)[0]).collect())
         }
@@ -71,7 +71,7 @@ fn kernel(target: &Target, which: Intrinsic, bytes: usize) -> Kernel {
 
 #[test]
 fn instructions_do_what_their_manuals_say() {
-    use Intrinsic::{Pmaddubsw, Pmaddwd, Psignb, Sdot, Smmla, Vpdpbusd, Vpdpwssd};
+    use Intrinsic::{Pmaddubsw, Pmaddwd, Psignb, Sdot, Usdot, Usmmla, Vpdpbusd, Vpdpwssd};
     let of = |name: &str| -> Vec<(Intrinsic, usize)> {
         let avx2 = [(Pmaddwd, 16), (Pmaddubsw, 32), (Pmaddwd, 32), (Psignb, 32)];
         let avx512 = [(Pmaddubsw, 64), (Pmaddwd, 64)];
@@ -82,7 +82,7 @@ fn instructions_do_what_their_manuals_say() {
             "avx512-vnni" => [&avx2[..], &avx512, &[(Vpdpbusd, 64), (Vpdpwssd, 64)]].concat(),
             "aarch64" => Vec::new(),
             "aarch64-dotprod" => vec![(Sdot, 16)],
-            "aarch64-i8mm" => vec![(Sdot, 16), (Smmla, 16)],
+            "aarch64-i8mm" => vec![(Sdot, 16), (Usdot, 16), (Usmmla, 16)],
             other => panic!("{other}: a new target, whose instructions this list must name"),
         }
     };
