@@ -7,7 +7,7 @@ use dialects::ir::interp::{Calls, Interpreter, Natives};
 use dialects::ir::{Elem, Module, Op, Value};
 use dialects::ops::{Evaluated, Item, OpError, Ops};
 use dialects::tensor::{Data, Tensor};
-use runtime::{Call, Fault, Kernels};
+use runtime::{Call, Fault, Kernels, Team};
 use self_cell::self_cell;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -268,7 +268,7 @@ impl NativeOp {
     /// `None` where the operands have other sizes than was thought: a name stands for several.
     fn run(
         &self,
-        kernels: &Kernels,
+        kernels: (&Kernels, &Team),
         operands: &[Option<Item>],
         dims: &HashMap<&str, u64>,
     ) -> Option<Evaluated> {
@@ -292,7 +292,7 @@ impl NativeOp {
         Some(self.compute(kernels, &operands, &sizes))
     }
 
-    fn compute(&self, kernels: &Kernels, operands: &[&Tensor], sizes: &Sizes) -> Evaluated {
+    fn compute(&self, kernels: (&Kernels, &Team), operands: &[&Tensor], sizes: &Sizes) -> Evaluated {
         let mut temps: Vec<Vec<u8>> = sizes.temps.iter().map(|&n| vec![0u8; n as usize]).collect();
         let mut results: Vec<(Data, Vec<usize>)> = self
             .results
@@ -339,10 +339,10 @@ impl NativeOp {
 }
 
 #[allow(unsafe_code)]
-fn run(kernels: &Kernels, call: &Call) {
+fn run((kernels, team): (&Kernels, &Team), call: &Call) {
     // SAFETY: buffers and sizes come from the expressions that the kernel was generated from, and the operands were
     // checked to have the dims that these name.
-    unsafe { kernels.call(call) }
+    unsafe { kernels.call(call, team) }
 }
 
 impl Compiled {
@@ -357,7 +357,12 @@ impl Compiled {
 
 impl Natives for Compiled {
     fn start<'a>(&'a self, given: &[(Value, Item)]) -> Box<dyn Calls + 'a> {
-        Box::new(Session { compiled: self, dims: self.known.bind(given), start: self.now() })
+        Box::new(Session {
+            compiled: self,
+            dims: self.known.bind(given),
+            team: Team::new(),
+            start: self.now(),
+        })
     }
 }
 
@@ -365,6 +370,7 @@ impl Natives for Compiled {
 struct Session<'a> {
     compiled: &'a Compiled,
     dims: HashMap<&'a str, u64>,
+    team: Team,
     start: u64,
 }
 
@@ -380,16 +386,17 @@ impl Drop for Session<'_> {
 impl Calls for Session<'_> {
     fn call(&self, op: Op, operands: &[Option<Item>]) -> Option<Evaluated> {
         let native = self.compiled.ops.get(&op)?;
-        native.run(self.compiled.kernels.as_ref()?, operands, &self.dims)
+        native.run((self.compiled.kernels.as_ref()?, &self.team), operands, &self.dims)
     }
 
     fn leave(&self, op: Op, compute: &mut dyn FnMut()) {
+        // A view takes no time, and no threads.
+        let Some(name) = self.compiled.left.get(&op) else { return compute() };
+        self.team.dismiss();
         let start = self.compiled.now();
         compute();
-        if let Some(name) = self.compiled.left.get(&op) {
-            let took = self.compiled.now() - start;
-            *self.compiled.costs().interpreted.entry(name.clone()).or_default() += took;
-        }
+        let took = self.compiled.now() - start;
+        *self.compiled.costs().interpreted.entry(name.clone()).or_default() += took;
     }
 }
 

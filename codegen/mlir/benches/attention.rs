@@ -7,7 +7,7 @@
 use codegen::kernels::attention_tiles::{Form, ROWS, attention};
 use codegen::kernels::module;
 use codegen::{Request, Target, link};
-use runtime::{Call, Kernels};
+use runtime::{Call, Kernels, Team};
 use std::time::Instant;
 
 /// Query heads, heads of K and V, their size, query positions, keys, and whether the frontier is causal.
@@ -63,7 +63,7 @@ fn main() {
             // As little work as this stays on the caller's thread.
             let call = Call { kernel: 0, buffers: &buffers, dims: &dims, units, work: 1 };
             // SAFETY: the buffers are as large as the sizes say.
-            unsafe { kernels.call(&call) }
+            unsafe { kernels.call(&call, &Team::new()) }
             best = best.min(start.elapsed().as_secs_f64());
         }
         let seen = if causal { (0..rows).map(|r| past + r + 1).sum() } else { rows * keys };

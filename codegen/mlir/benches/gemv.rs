@@ -10,7 +10,7 @@ use codegen::kernels::{Kernel, module};
 use codegen::{Request, Target, link};
 use multiversion::multiversion;
 use rayon::prelude::*;
-use runtime::{Call, Kernels};
+use runtime::{Call, Kernels, Team};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -110,14 +110,15 @@ fn measure(target: &Target, form: &Form, what: &str, bytes: usize, threads: usiz
     let (plain, time) = pool.install(|| {
         let plain = read(&words, threads, turns);
         let w: *mut u8 = words.as_mut_ptr().cast();
+        let team = Team::new();
         let time = best(turns, || {
             for i in 0..matrices {
                 let call = |kernel, buffers: &[*mut u8], dims: &[i64], units| {
                     // SAFETY: the buffers are sized by the form.
-                    unsafe { kernels.call(&Call { kernel, buffers, dims, units, work: 4096 }) }
+                    unsafe { kernels.call(&Call { kernel, buffers, dims, units, work: 4096 }, &team) }
                 };
                 let p = prepared.as_mut_ptr();
-                call(0, &[x.as_mut_ptr().cast(), p], &[], rows);
+                call(0, &[x.as_mut_ptr().cast(), p], &[rows as i64], rows);
                 let buffers = [p, w.wrapping_add(i * form.bytes()), y.as_mut_ptr().cast()];
                 call(1, &buffers, &[rows as i64], count as usize);
             }

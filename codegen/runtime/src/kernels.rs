@@ -4,7 +4,7 @@
 //! same expressions that the code was generated from.
 #![allow(unsafe_code)]
 
-use crate::parallel::divide;
+use crate::parallel::Team;
 use libloading::Library;
 use std::ffi::OsStr;
 use thiserror::Error;
@@ -68,14 +68,14 @@ impl Kernels {
         }
     }
 
-    /// Runs all units.
+    /// Runs all units, on the threads of `team`.
     ///
     /// # Safety
     /// Buffers and sizes must be those that the kernel was generated for, and no other thread may use what it writes.
-    pub unsafe fn call(&self, call: &Call) {
+    pub unsafe fn call(&self, call: &Call, team: &Team) {
         let f = self.functions[call.kernel];
         let shared = Shared((call.buffers.as_ptr(), call.dims.as_ptr()));
-        divide(call.units, call.work, |from, to| {
+        team.divide(call.units, call.work, |from, to| {
             let (buffers, dims) = shared.get();
             // SAFETY: promised by the caller.
             unsafe { f(buffers, dims, from as i64, to as i64) }

@@ -21,4 +21,5 @@ pub use about::{About, Dim, Elem, NO_VERSION, Port, VERSION, Version};
 pub use fault::Fault;
 pub use kernels::{Call, KernelError, Kernels};
 pub use model::{Model, ModelError};
+pub use parallel::Team;
 pub use tensor::Tensor;

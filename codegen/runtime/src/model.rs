@@ -8,7 +8,7 @@ use crate::about::{About, Dim, Elem, Port, VERSION, Version};
 use crate::cpu;
 use crate::fault::Fault;
 use crate::kernels::Shared;
-use crate::parallel::divide;
+use crate::parallel::Team;
 use crate::tensor::Tensor;
 use libloading::Library;
 use memmap2::Mmap;
@@ -215,8 +215,9 @@ impl Model {
         let mut arena = self.arena.lock().expect("a run does not panic");
         let arena: *mut u8 = arena.as_mut_ptr().cast();
         let arena = arena.wrapping_add(arena.align_offset(64));
+        let team = Team::new();
         // SAFETY: buffers have the sizes that the description gives for dims within their bounds, which are checked
-        // above, and the arena is this run's alone.
+        // above, the arena is this run's alone, and `parallel` is given the team that it expects.
         let code = unsafe {
             (self.run)(
                 dims.as_ptr(),
@@ -225,7 +226,7 @@ impl Model {
                 arena,
                 weights,
                 parallel,
-                std::ptr::null_mut(),
+                std::ptr::from_ref(&team).cast_mut().cast(),
             )
         };
         match Fault::of((-1i32).saturating_sub(code)) {
@@ -301,9 +302,9 @@ fn map(path: &Path, about: &About) -> Result<Weights, ModelError> {
     Ok(Weights::Mapped(map))
 }
 
-/// Divides the units of a kernel among the threads of rayon.
+/// Divides the units of a kernel among the threads of the [`Team`] `context`.
 unsafe extern "C" fn parallel(
-    _: *mut c_void,
+    context: *mut c_void,
     kernel: Kernel,
     buffers: *const *mut u8,
     dims: *const i64,
@@ -311,7 +312,9 @@ unsafe extern "C" fn parallel(
     work: i64,
 ) {
     let shared = Shared((buffers, dims));
-    divide(units.max(0) as usize, work.max(1) as u64, |from, to| {
+    // SAFETY: what `Model::run` passes.
+    let team = unsafe { &*context.cast::<Team>() };
+    team.divide(units.max(0) as usize, work.max(1) as u64, |from, to| {
         let (buffers, dims) = shared.get();
         // SAFETY: the library's own arguments, passed through.
         unsafe { kernel(buffers, dims, from as i64, to as i64) }

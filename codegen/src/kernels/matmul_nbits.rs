@@ -76,7 +76,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     lowered.steps.push(Step {
         kernel: prepare(target, &form),
         buffers: vec![x, Buffer::Temp(0)],
-        dims: Vec::new(),
+        dims: vec![rows.clone()],
         units: rows.clone(),
         work: form.k.into(),
     });

@@ -1,6 +1,6 @@
 //! The product of prepared rows of X and packed W: see [`packed`](super::packed) for their layouts.
 
-use super::packed::{AHEAD, CHUNK, Form, ROWS};
+use super::packed::{AHEAD, CHUNK, Form, ROWS, Rows};
 use super::{Args, Kernel, elementwise, pointwise};
 use crate::size::Size;
 use crate::target::{Arch, Feature, Target};
@@ -120,16 +120,16 @@ pub type Finish<'f> = dyn Fn(&mut Body, &Args, Val, Val, usize, Vec<Val>) -> Vec
 
 /// The product. Buffers: prepared rows of X, W, results `[M, N]`, and what `finish` reads. Sizes: M. Units: [`units`].
 pub fn product(target: &Target, form: &Form, results: usize, finish: &Finish) -> Kernel {
-    let kernel = Product::new(target, form, finish);
+    let [alone, many] = [alone(target, form), together(form)].map(|x| Product::new(target, form, x, finish));
     let family = format!("matmul_{}bit_{}", form.bits, if form.int8 { "int8" } else { "f32" });
     Kernel::new(target, &family, |b, a| {
         let (x, w) = (a.buffer(b, 0), a.buffer(b, 1));
         let y: Vec<Val> = (0..results).map(|i| a.buffer(b, 2 + i)).collect();
         let rows = a.dim(b, 0);
         let block = b.size(form.groups() * form.record());
-        let most = b.size(kernel.most());
-        let room = kernel.tiles().then(|| kernel.room(b));
-        let row_blocks = b.size(kernel.most() - 1);
+        let most = b.size(many.most());
+        let room = many.tiles().then(|| many.room(b));
+        let row_blocks = b.size(many.most() - 1);
         let row_blocks = b.add(rows, row_blocks);
         let row_blocks = b.div(row_blocks, most);
         b.each(a.begin, a.end, 1, |b, unit| {
@@ -142,21 +142,43 @@ pub fn product(target: &Target, form: &Form, results: usize, finish: &Finish) ->
             let (to, all) = (b.add(from, four), b.size(form.blocks()));
             let to = b.min(to, all);
             let left = match &room {
-                Some(room) => kernel.many(b, a, (x, w, &y), room, (from, to), rows),
+                Some(room) => many.many(b, a, (x, w, &y), room, (from, to), rows),
                 None => first,
             };
             b.each(from, to, 1, |b, nb| {
                 let at = b.mul(nb, block);
                 let w = b.at(w, at);
-                b.each(left, rows.1, 1, |b, m| kernel.row(b, a, (x, w, &y), nb, m));
+                b.each(left, rows.1, 1, |b, m| alone.row(b, a, (x, w, &y), nb, m));
             });
         });
     })
 }
 
+/// How rows of X are prepared that are multiplied alone.
+pub(super) fn alone(target: &Target, form: &Form) -> Rows {
+    match Dot::of(target, form) {
+        _ if form.int8 => Rows::Codes,
+        Dot::Plain => Rows::Floats,
+        Dot::Pairs if form.bits == 8 => Rows::Floats,
+        _ => Rows::Digits,
+    }
+}
+
+/// How rows of X are prepared that are multiplied with others: W is decoded once for all.
+fn together(form: &Form) -> Rows {
+    if form.int8 { Rows::Codes } else { Rows::Floats }
+}
+
+/// Of so many rows those that are multiplied with others.
+pub(super) fn tiled(b: &mut Body, form: &Form, rows: Val) -> Val {
+    let product = Product::new(b.target, form, together(form), &|_, _, _, _, _, sums| vec![sums]);
+    let zero = b.size(0);
+    if product.tiles() { b.whole_steps(zero, rows, product.tile) } else { zero }
+}
+
 /// The units of a product of so many rows: each is 64 outputs of some rows.
 pub fn units(target: &Target, form: &Form, rows: Size) -> Size {
-    let most = Product::new(target, form, &|_, _, _, _, _, sums| vec![sums]).most();
+    let most = Product::new(target, form, together(form), &|_, _, _, _, _, sums| vec![sums]).most();
     Size::from(form.blocks().div_ceil(BLOCKS)) * rows.div_up(most as u64)
 }
 
@@ -165,7 +187,9 @@ pub(super) struct Product<'f> {
     pub(super) lanes: usize,
     /// Rows that are multiplied at a time where there are many: the registers hold their sums.
     pub(super) tile: usize,
-    /// `None` for f32 activations.
+    /// What X is.
+    x: Rows,
+    /// `None` where X is floats.
     dot: Option<Dot>,
     finish: &'f Finish<'f>,
 }
@@ -180,14 +204,14 @@ pub(super) enum Source {
 }
 
 impl Product<'_> {
-    fn new<'f>(target: &Target, form: &'f Form, finish: &'f Finish<'f>) -> Product<'f> {
+    fn new<'f>(target: &Target, form: &'f Form, x: Rows, finish: &'f Finish<'f>) -> Product<'f> {
         let lanes = target.lanes().min(ROWS);
         let registers = if target.has(Feature::Avx512) || target.arch == Arch::Aarch64 { 32 } else { 16 };
         // Beside the sums: codes, an element of X, and what the compiler needs.
         let tile = ((registers - 4) / (ROWS / lanes)).min(12);
-        let dot = form.int8.then(|| Dot::of(target, form));
+        let dot = (x != Rows::Floats).then(|| Dot::of(target, form));
         let tile = if dot == Some(Dot::Usdot) { tile / 2 * 2 } else { tile };
-        Product { form, lanes, tile, dot, finish }
+        Product { form, lanes, tile, x, dot, finish }
     }
 
     /// Vectors that 16 rows of W take.
@@ -322,61 +346,100 @@ impl Product<'_> {
     }
 
     /// The sums of codes by activations over group `g` of some rows, as floats.
-    pub(super) fn group(&self, b: &mut Body, xs: &[Val], g: Val, source: Source) -> Vec<Val> {
+    pub(super) fn group(&self, b: &mut Body, rows: &[Val], g: Val, source: Source) -> Vec<Val> {
         let form = self.form;
         let first = b.size(form.group);
         let first = b.mul(g, first);
-        let x: Vec<Val> = xs.iter().map(|&x| b.element(x, first, form.x_elem())).collect();
+        let x: Vec<Val> = rows.iter().flat_map(|&x| self.x.at(b, form, x, first)).collect();
         let chunk = form.group.min(CHUNK);
-        let chunks = form.group / chunk;
         let elem = if self.dot.is_some() { Scalar::I32 } else { Scalar::F32 };
         let zero = b.splat(vector(self.lanes, elem), 0.0);
         let start = vec![zero; x.len() * self.parts()];
-        let out = match chunks {
+        let sums = match form.group / chunk {
             1 => self.chunk(b, &x, source, &start),
             _ => {
-                let (from, to) = (b.size(0), b.size(chunks));
-                b.repeat(from, to, 1, &start, |b, c, sums| {
-                    let step = b.size(chunk);
-                    let k = b.mul(c, step);
-                    let (x, source) = match source {
-                        Source::Packed(w) => {
-                            let (x, _) = self.later(b, &x, w, k);
-                            let step = b.size(form.code_bytes() / chunks);
-                            let offset = b.mul(c, step);
-                            (x, Source::Packed(b.at(w, offset)))
-                        }
-                        Source::Decoded(w) => {
-                            let (x, w) = self.later(b, &x, w, k);
-                            (x, Source::Decoded(w))
-                        }
-                    };
+                let (from, to) = (b.size(0), b.size(form.group));
+                b.repeat(from, to, chunk, &start, |b, k, sums| {
+                    let (x, source) = self.later(b, &x, source, k);
                     self.chunk(b, &x, source, sums)
                 })
             }
         };
-        out.into_iter().map(|v| b.cast(v, Scalar::F32)).collect()
+        match self.x {
+            Rows::Floats => sums,
+            Rows::Codes => sums.into_iter().map(|v| b.cast(v, Scalar::F32)).collect(),
+            Rows::Digits => self.digits(b, &sums),
+        }
     }
 
-    /// Rows of X and decoded codes, `k` elements on.
-    pub(super) fn later(&self, b: &mut Body, x: &[Val], codes: Val, k: Val) -> (Vec<Val>, Val) {
-        let x = x.iter().map(|&x| b.element(x, k, self.form.x_elem())).collect();
-        let bytes = b.size(self.decoded());
-        let offset = b.mul(k, bytes);
-        (x, b.at(codes, offset))
+    /// Sums of numbers of three digits, from the sums of each digit.
+    fn digits(&self, b: &mut Body, sums: &[Val]) -> Vec<Val> {
+        let parts = self.parts();
+        let factor = b.splat(vector(self.lanes, Scalar::F32), 65536.0);
+        let one = |p: usize| {
+            let middle = b.shl(sums[parts + p], 8);
+            let lower = b.add(middle, sums[2 * parts + p]);
+            let (upper, lower) = (b.cast(sums[p], Scalar::F32), b.cast(lower, Scalar::F32));
+            b.fma(upper, factor, lower)
+        };
+        (0..parts).map(one).collect()
+    }
+
+    /// X and codes, `k` elements on.
+    pub(super) fn later(&self, b: &mut Body, x: &[Val], source: Source, k: Val) -> (Vec<Val>, Source) {
+        let x = x.iter().map(|&x| b.element(x, k, self.x.elem())).collect();
+        let mut on = |at: Val, bytes: usize| {
+            let bytes = b.size(bytes);
+            let offset = b.mul(k, bytes);
+            b.at(at, offset)
+        };
+        let source = match source {
+            Source::Packed(w) => Source::Packed(on(w, ROWS * self.form.bits / 8)),
+            Source::Decoded(w) => Source::Decoded(on(w, self.decoded())),
+        };
+        (x, source)
     }
 
     /// At most 32 elements of K.
     fn chunk(&self, b: &mut Body, x: &[Val], source: Source, sums: &[Val]) -> Vec<Val> {
         match self.dot {
-            Some(dot) => self.chunk_int8(b, dot, x, source, sums),
-            None => self.chunk_f32(b, x, source, sums),
+            Some(dot) => self.chunk_bytes(b, dot, x, source, sums),
+            None => self.chunk_floats(b, x, source, sums),
         }
+    }
+
+    /// `step(x, codes, k, sums)` for each `k` of a chunk, in steps: in a loop where there are many sums to be kept.
+    fn steps(
+        &self,
+        b: &mut Body,
+        x: &[Val],
+        source: Source,
+        size: usize,
+        sums: Vec<Val>,
+        step: impl Fn(&mut Body, &[Val], Source, usize, &mut [Val]),
+    ) -> Vec<Val> {
+        let length = self.form.group.min(CHUNK);
+        let turn = match source {
+            Source::Packed(_) => self.form.per_word(),
+            Source::Decoded(_) => size,
+        };
+        let all = |b: &mut Body, x: &[Val], source, length, mut sums: Vec<Val>| {
+            (0..length).step_by(size).for_each(|k| step(b, x, source, k, &mut sums));
+            sums
+        };
+        if x.len() == 1 {
+            return all(b, x, source, length, sums);
+        }
+        let (from, to) = (b.size(0), b.size(length));
+        b.rolled(from, to, turn, &sums, |b, k, sums| {
+            let (x, source) = self.later(b, x, source, k);
+            all(b, &x, source, turn, sums.to_vec())
+        })
     }
 
     /// Bytes that 16 decoded codes take: one each, or a float.
     pub(super) fn decoded(&self) -> usize {
-        ROWS * self.form.x_elem().bytes()
+        ROWS * self.x.elem().bytes()
     }
 
     /// The codes of elements `k` and, as bytes, the three after it, which are in one plane of a word.
@@ -423,13 +486,15 @@ impl Product<'_> {
         b.cast(code, Scalar::F32)
     }
 
-    fn chunk_int8(&self, b: &mut Body, dot: Dot, x: &[Val], source: Source, sums: &[Val]) -> Vec<Val> {
+    fn chunk_bytes(&self, b: &mut Body, dot: Dot, x: &[Val], source: Source, sums: &[Val]) -> Vec<Val> {
         let (form, parts, lanes) = (self.form, self.parts(), self.lanes);
+        if let (Dot::Usdot, Source::Decoded(_)) = (dot, source) {
+            return self.pairs(b, x, source, sums);
+        }
         let zero = b.splat(dot.accumulator(form, lanes), 0.0);
         let own = dot.accumulator(form, lanes) != sums[0].ty;
-        let mut acc = if own { vec![zero; sums.len()] } else { sums.to_vec() };
-        let length = form.group.min(CHUNK);
-        let four = |b: &mut Body, x: &[Val], source: Source, k: usize, acc: &mut [Val]| {
+        let acc = if own { vec![zero; sums.len()] } else { sums.to_vec() };
+        let acc = self.steps(b, x, source, 4, acc, |b, x, source, k, acc| {
             let codes = self.codes(b, source, k);
             for (m, &x) in x.iter().enumerate() {
                 let at = b.at_const(x, k);
@@ -440,20 +505,7 @@ impl Product<'_> {
                     acc[i] = dot.four(b, form, acc[i], codes, four);
                 }
             }
-        };
-        match source {
-            Source::Packed(_) => (0..length).step_by(4).for_each(|k| four(b, x, source, k, &mut acc)),
-            Source::Decoded(w) if dot == Dot::Usdot => return self.pairs(b, x, w, sums),
-            Source::Decoded(w) => {
-                let (from, to) = (b.size(0), b.size(length));
-                acc = b.rolled(from, to, 4, &acc, |b, k, acc| {
-                    let (x, w) = self.later(b, x, w, k);
-                    let mut acc = acc.to_vec();
-                    four(b, &x, Source::Decoded(w), 0, &mut acc);
-                    acc
-                });
-            }
-        }
+        });
         if !own {
             return acc;
         }
@@ -464,40 +516,28 @@ impl Product<'_> {
         acc.into_iter().zip(sums).map(sum).collect()
     }
 
-    fn chunk_f32(&self, b: &mut Body, x: &[Val], source: Source, sums: &[Val]) -> Vec<Val> {
+    fn chunk_floats(&self, b: &mut Body, x: &[Val], source: Source, sums: &[Val]) -> Vec<Val> {
         let (parts, lanes) = (self.parts(), self.lanes);
         // A sum waits for the one before it; one row alone takes four of them in turn.
-        let chains = if matches!(source, Source::Packed(_)) { 4 } else { 1 };
+        let chains = if x.len() == 1 { 4 } else { 1 };
         let zero = b.splat(sums[0].ty, 0.0);
-        let mut acc: Vec<Vec<Val>> =
-            (0..chains).map(|c| if c == 0 { sums.to_vec() } else { vec![zero; sums.len()] }).collect();
-        let length = self.form.group.min(CHUNK);
-        let one = |b: &mut Body, x: &[Val], source: Source, k: usize, acc: &mut [Val]| {
+        let mut acc = sums.to_vec();
+        acc.resize(chains * sums.len(), zero);
+        let acc = self.steps(b, x, source, 1, acc, |b, x, source, k, acc| {
             let codes = self.codes(b, source, k);
+            let chain = &mut acc[k % chains * sums.len()..][..sums.len()];
             for (m, &x) in x.iter().enumerate() {
                 let at = b.at_const(x, k * 4);
                 let one = b.load(at, scalar(Scalar::F32));
                 let one = b.broadcast(one, lanes);
                 for (p, &codes) in codes.iter().enumerate() {
                     let i = m * parts + p;
-                    acc[i] = b.fma(codes, one, acc[i]);
+                    chain[i] = b.fma(codes, one, chain[i]);
                 }
             }
-        };
-        match source {
-            Source::Packed(_) => (0..length).for_each(|k| one(b, x, source, k, &mut acc[k % chains])),
-            Source::Decoded(w) => {
-                let (from, to) = (b.size(0), b.size(length));
-                acc[0] = b.rolled(from, to, 1, &acc[0], |b, k, acc| {
-                    let (x, w) = self.later(b, x, w, k);
-                    let mut acc = acc.to_vec();
-                    one(b, &x, Source::Decoded(w), 0, &mut acc);
-                    acc
-                });
-            }
-        }
-        let mut acc = acc.into_iter();
-        let first = acc.next().expect("one chain at least");
-        acc.fold(first, |a, c| a.into_iter().zip(c).map(|(a, c)| b.add(a, c)).collect())
+        });
+        let mut chains = acc.chunks(sums.len()).map(<[Val]>::to_vec);
+        let first = chains.next().expect("one chain at least");
+        chains.fold(first, |a, c| a.into_iter().zip(c).map(|(a, c)| b.add(a, c)).collect())
     }
 }

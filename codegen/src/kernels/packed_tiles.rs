@@ -185,14 +185,14 @@ impl Product<'_> {
 
     /// Decoded codes of at most 32 elements of K by pairs of rows of X, added to their sums: 2 by 8 codes meet 2 by 8 bytes,
     /// and a vector has the sums of two rows of W by two of X.
-    pub(super) fn pairs(&self, b: &mut Body, x: &[Val], w: Val, sums: &[Val]) -> Vec<Val> {
+    pub(super) fn pairs(&self, b: &mut Body, x: &[Val], codes: Source, sums: &[Val]) -> Vec<Val> {
         let (parts, bytes) = (self.parts(), vector(16, Scalar::I8));
         let zero = b.splat(vector(4, Scalar::I32), 0.0);
         let (from, to) = (b.size(0), b.size(self.form.group.min(CHUNK)));
         let start = vec![zero; x.len() / 2 * 2 * parts];
         let acc = b.rolled(from, to, 8, &start, |b, k, acc| {
-            let (x, w) = self.later(b, x, w, k);
-            let [first, second] = [0, 4].map(|k| self.codes(b, Source::Decoded(w), k));
+            let (x, codes) = self.later(b, x, codes, k);
+            let [first, second] = [0, 4].map(|k| self.codes(b, codes, k));
             let pairs: Vec<Val> = first
                 .iter()
                 .zip(&second)

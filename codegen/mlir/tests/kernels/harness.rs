@@ -3,7 +3,7 @@
 use codegen::kernels::{Kernel, module};
 use codegen::target::Arch;
 use codegen::{Feature, Form, Request, Target, link};
-use runtime::{Call, Kernels};
+use runtime::{Call, Kernels, Team};
 use tempfile::TempDir;
 
 /// Kernels that are loaded.
@@ -32,7 +32,7 @@ impl Loaded {
     pub fn call(&self, kernel: usize, buffers: &[*mut u8], dims: &[i64], units: usize) {
         let call = Call { kernel, buffers, dims, units, work: 1 << 20 };
         // SAFETY: tests size the buffers as the forms of the kernels say.
-        unsafe { self.kernels.call(&call) };
+        unsafe { self.kernels.call(&call, &Team::new()) };
     }
 }
 

@@ -43,7 +43,7 @@ impl Case {
         let room = self.m * form.x_row();
         let mut prepared = vec![0xa5u8; room + 256];
         let mut y = vec![f32::NAN; self.m * form.n + 64];
-        loaded.call(first, &[bytes(&mut x), bytes(&mut prepared)], &[], self.m);
+        loaded.call(first, &[bytes(&mut x), bytes(&mut prepared)], &[self.m as i64], self.m);
         loaded.call(
             first + 1,
             &[bytes(&mut prepared), bytes(&mut w), bytes(&mut y)],
