@@ -4,14 +4,18 @@
 //! that kernel can take it, and no path leads out of that kernel and back in through another operand. What is fused
 //! becomes one `kernel.fused`, whose body holds the ops as they were; so what the interpreter makes of a fused module is what
 //! it makes of the module.
+//!
+//! A DequantizeLinear joins nothing: everything that reads what it gives has a copy of it, and reads the codes. So between the
+//! kernels of a model of QDQ islands there are codes, and sums, activations and residual connections are done in registers.
 
 use crate::kernels::{Blob, Buffer, elementwise, pointwise};
 use crate::lower::{self, Anchor};
+use crate::simplify;
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::Scalar;
 use dialects::ir::{
-    Attr, Dim, Module, Op, OpBuilder, Region, TensorType, Type, Use, Value, ValueDef, graph, infer,
+    Attr, Dim, Elem, Module, Op, OpBuilder, Region, TensorType, Type, Use, Value, ValueDef, graph, infer,
 };
 use dialects::kernel::FUSED;
 use dialects::ops::Ops;
@@ -99,6 +103,8 @@ impl Bits {
 /// Ops that become one kernel, or one op that does not.
 struct Group {
     ops: Vec<Op>,
+    /// Those of them that read codes and are there as copies.
+    copied: HashSet<Op>,
     /// Views that it sees its operands through, in order. They stay for others too.
     views: Vec<Op>,
     /// The shape of its loop; `None` for a group that nothing may join.
@@ -113,6 +119,7 @@ struct Group {
 
 /// Fuses the top region of `m` for `target`. Values in `keep` stay values of the top region.
 pub fn fuse(m: &mut Module, target: &Target, keep: &HashSet<Value>) {
+    simplify::simplify(m, keep);
     let mut groups: Vec<Group> = Vec::new();
     let mut of: HashMap<Value, usize> = HashMap::new();
     for op in m.regions[m.top].ops.clone() {
@@ -120,14 +127,29 @@ pub fn fuse(m: &mut Module, target: &Target, keep: &HashSet<Value>) {
             continue;
         }
         let reads: Vec<Value> = graph::reads(m, op);
-        let needed: BTreeSet<usize> = reads.iter().filter_map(|v| of.get(v).copied()).collect();
-        let at = match join(m, target, op, &groups, &needed) {
-            Some(at) => at,
+        let group = |v: &Value| of.get(v).copied();
+        let mut needed: BTreeSet<usize> = reads.iter().filter_map(group).collect();
+        // With copies of what reads codes, it needs the codes.
+        let readers: Vec<Op> = reads.iter().filter_map(|&v| reader(m, v)).collect();
+        let codes = |v: Value| reader(m, v).and_then(|op| m.ops[op].operand(0)).unwrap_or(v);
+        let inner: BTreeSet<usize> = reads.iter().filter_map(|&v| group(&codes(v))).collect();
+        let at = match join(m, target, op, &groups, &inner) {
+            Some(at) => {
+                needed = inner;
+                at
+            }
             None => {
                 groups.push(start(m, target, op));
                 groups.len() - 1
             }
         };
+        let g = &mut groups[at];
+        let elementwise = g.anchor.is_none() || !g.ops.is_empty();
+        for read in readers.into_iter().filter(|_| g.domain.is_some() && elementwise) {
+            if g.copied.insert(read) {
+                g.ops.push(read);
+            }
+        }
         let mut needs = std::mem::take(&mut groups[at].needs);
         for &n in needed.iter().filter(|&&n| n != at) {
             needs.set(n);
@@ -145,14 +167,25 @@ pub fn fuse(m: &mut Module, target: &Target, keep: &HashSet<Value>) {
     rewrite(m, groups, keep);
 }
 
+/// The op that gives `v`, if it is one that reads codes by one constant scale.
+pub fn reader(m: &Module, v: Value) -> Option<Op> {
+    let (op, _) = m.def_op(v).filter(|_| m.const_of(v).is_none())?;
+    let data = &m.ops[op];
+    let parameters = data.operands.iter().skip(1).flatten().all(|&p| m.const_of(p).is_some());
+    let codes = pointwise::one_scale(m, op).filter(|&codes| parameters && data.operand(0) == Some(codes))?;
+    matches!(m.ty(codes).elem(), Some(Elem::U8 | Elem::I8)).then_some(op)
+}
+
 fn start(m: &Module, target: &Target, op: Op) -> Group {
+    let reads_codes = m.ops[op].result(0).is_some_and(|v| reader(m, v) == Some(op));
     let domain = m.ops[op].result(0).and_then(|v| Size::shape(m.ty(v)));
     let anchor = lower::anchor(m, op).filter(|_| domain.is_some());
     let simple = anchor.is_none() && domain.is_some() && fits(m, target, op, domain.as_deref(), None);
     let fused = simple || anchor.is_some();
-    let domain = domain.filter(|_| fused);
+    let domain = domain.filter(|_| fused && !reads_codes);
     let views = anchor.map_or(Vec::new(), |a| views(m, op, &a));
-    Group { ops: Vec::new(), views, domain, anchor, fused, needs: Bits::default() }
+    let copied = HashSet::new();
+    Group { ops: Vec::new(), copied, views, domain, anchor, fused, needs: Bits::default() }
 }
 
 /// The views that an anchor sees its operands through.
@@ -168,14 +201,7 @@ fn fits(m: &Module, target: &Target, op: Op, domain: Option<&[Size]>, anchor: Op
     let meets = |v: Value| {
         let shape = Size::shape(m.ty(v));
         let steps = shape.and_then(|s| elementwise::steps(&s, domain));
-        // Dims of one element do not step, and do not count.
-        let counts = |s: Vec<bool>| {
-            let last = s.len().saturating_sub(1);
-            let kept =
-                s.iter().zip(domain).enumerate().filter(|(i, (_, d))| *i == last || **d != Size::Known(1));
-            kept.map(|(_, (&s, _))| s).collect::<Vec<_>>()
-        };
-        steps.is_some_and(|s| anchor.is_none_or(|a| a.takes(&counts(s))))
+        steps.is_some_and(|s| anchor.is_none_or(|a| a.takes(domain, &s)))
     };
     pointwise::supports(m, target, op)
         && m.ops[op].results.iter().flatten().all(|&v| whole(v))
@@ -205,16 +231,39 @@ fn rewrite(m: &mut Module, groups: Vec<Group>, keep: &HashSet<Value>) {
     let uses = m.uses();
     let mut outside: HashSet<Value> = keep.clone();
     outside.extend(m.regions[top].results.iter().copied());
-    let group_of: HashMap<Op, usize> =
-        groups.iter().enumerate().flat_map(|(i, g)| g.ops.iter().map(move |&op| (op, i))).collect();
+    let own = |(i, g): (usize, &Group)| {
+        g.ops.iter().filter(|op| !g.copied.contains(*op)).map(move |&op| (op, i)).collect::<Vec<_>>()
+    };
+    let group_of: HashMap<Op, usize> = groups.iter().enumerate().flat_map(own).collect();
+    let mut copies: HashMap<Op, Vec<usize>> = HashMap::new();
+    for (i, g) in groups.iter().enumerate() {
+        let seen = g.views.iter().filter(|op| m.ops[**op].result(0).is_some_and(|v| reader(m, v).is_some()));
+        g.copied.iter().chain(seen).for_each(|&op| copies.entry(op).or_default().push(i));
+    }
+    // Where each op computes: what reads codes does so where its copies are, and by itself where something else reads it.
+    let homes = |op: Op| -> Vec<usize> {
+        let Some(copies) = copies.get(&op) else { return group_of.get(&op).copied().into_iter().collect() };
+        let copied = |u: &Use| matches!(u, Use::Operand(op, _) if group_of.get(op).is_some_and(|g| copies.contains(g)));
+        let gives = m.ops[op].result(0).expect("it was found by its result");
+        let needed = outside.contains(&gives) || !uses.of(gives).iter().all(copied);
+        copies.iter().copied().chain(group_of.get(&op).copied().filter(|_| needed)).collect()
+    };
+    let mut leaving = Vec::new();
     for v in m.values.keys() {
         let Some((def, _)) = m.def_op(v) else { continue };
         let Some(own) = group_of.get(&def) else { continue };
-        let leaves = |u: &Use| !matches!(u, Use::Operand(op, _) if group_of.get(op) == Some(own));
+        let leaves = |u: &Use| match u {
+            Use::Operand(op, _) => {
+                let homes = homes(*op);
+                homes.is_empty() || homes.iter().any(|h| h != own)
+            }
+            _ => true,
+        };
         if uses.of(v).iter().any(leaves) {
-            outside.insert(v);
+            leaving.push(v);
         }
     }
+    outside.extend(leaving);
     m.regions[top].ops = constants;
     for i in order {
         let g = &groups[i];
@@ -283,14 +332,16 @@ fn outline(m: &mut Module, group: &Group, outside: &HashSet<Value>) {
             if let (Some(old), Some(new)) = (old, new) {
                 map.insert(*old, new);
                 m.values[new].sym = m.values[*old].sym.clone();
-                if group.ops.contains(&op) && outside.contains(old) {
+                if group.ops.contains(&op) && !group.copied.contains(&op) && outside.contains(old) {
                     results.push((*old, new));
                 }
             }
         }
     }
     m.regions[body].results = results.iter().map(|r| r.1).collect();
-    let loc = m.ops[group.ops[0]].loc.clone();
+    let first =
+        group.ops.iter().find(|op| !group.copied.contains(*op)).expect("a group has an op of its own");
+    let loc = m.ops[*first].loc.clone();
     let mut fused = OpBuilder::new(FUSED, &loc).operands(operands).attr("body", Attr::Graph(body));
     if group.anchor.is_some() {
         fused = fused.attr(ANCHOR, Attr::Int(group.views.len() as i64));
@@ -338,8 +389,7 @@ impl<'m> Fused<'m> {
 
     /// The source node that the kernel is named after: that of the anchor, or of the first op.
     pub fn node(&self) -> String {
-        let op = self.anchor.or(self.pointwise.first().copied()).unwrap_or(self.op);
-        self.module.ops[op].loc.to_string()
+        self.module.ops[self.anchor.unwrap_or(self.op)].loc.to_string()
     }
 
     /// The op that the kernel is made around.
@@ -359,8 +409,8 @@ impl<'m> Fused<'m> {
 
     /// The shape of the loop.
     pub fn domain(&self) -> Option<Vec<Size>> {
-        let op = self.anchor.or(self.pointwise.first().copied())?;
-        self.shape(self.module.ops[op].result(0)?)
+        let anchor = self.anchor.and_then(|op| self.module.ops[op].result(0));
+        self.shape(anchor.or(self.results().first().copied())?)
     }
 
     /// The shape of a value.

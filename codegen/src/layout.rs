@@ -134,6 +134,19 @@ impl Layout {
         Some(out)
     }
 
+    /// Each `step`-th element of a dim, whose size is known.
+    pub fn stepped(&self, dim: usize, step: u64) -> Option<Layout> {
+        let mut out = self.clone();
+        if step == 1 || self.extent(dim) == ONE {
+            return Some(out);
+        }
+        let [part] = &self.dims[dim][..] else { return None };
+        let extent = Size::Known(part.extent.known()?).div_up(step);
+        let stride = part.stride.clone() * Size::Known(step);
+        out.dims[dim] = if extent == ONE { Vec::new() } else { vec![Part { extent, stride }] };
+        Some(out)
+    }
+
     /// The loops that write what is laid out as `from` to where this says, outermost first; `None` where the dims of this
     /// are in parts.
     pub fn loops(&self, from: &Layout) -> Option<Vec<Loop>> {
@@ -222,16 +235,19 @@ fn sliced(m: &Module, op: Op, layout: &Layout) -> Option<Layout> {
         Some(_) => contents(3)?.iter().map(Dim::known).collect::<Option<Vec<_>>>()?,
         None => (0..starts.len() as i64).collect(),
     };
-    let steps = data.operand(4).is_none() || contents(4)?.iter().all(|s| *s == Dim::Known(1));
-    if !steps || axes.len() != starts.len() || axes.len() != ends.len() {
+    let steps = match data.operand(4) {
+        Some(_) => contents(4)?.iter().map(|s| u64::try_from(s.known()?).ok()).collect::<Option<_>>()?,
+        None => vec![1; starts.len()],
+    };
+    if steps.contains(&0) || [starts.len(), ends.len(), steps.len()].iter().any(|&n| n != axes.len()) {
         return None;
     }
     let mut out = layout.clone();
-    for ((&axis, start), end) in axes.iter().zip(&starts).zip(&ends) {
+    for (((&axis, start), end), &step) in axes.iter().zip(&starts).zip(&ends).zip(&steps) {
         let axis = if axis < 0 { axis + dims.len() as i64 } else { axis };
         let axis = usize::try_from(axis).ok().filter(|&a| a < dims.len())?;
         let (start, length) = cut(&dims[axis], start, end)?;
-        out = out.sliced(axis, Size::of(&start)?, Size::of(&length)?)?;
+        out = out.sliced(axis, Size::of(&start)?, Size::of(&length)?)?.stepped(axis, step)?;
     }
     Some(out)
 }

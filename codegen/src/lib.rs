@@ -16,6 +16,7 @@ pub mod link;
 pub mod lower;
 pub mod memory;
 pub mod plan;
+pub mod simplify;
 pub mod size;
 pub mod target;
 pub mod text;

@@ -1,11 +1,13 @@
 //! From `kernel.fused` to kernels: the table of what a kernel can be made around.
 
 use crate::fuse::Fused;
+use crate::kernels::epilogue::meets;
 use crate::kernels::{
-    Lowered, attention, batched, copy, dense, elementwise, gather, gather_packed, integer, matmul_nbits,
-    norm, quantize, range, reduce, rotary, sizes, softmax,
+    Lowered, attention, batched, conv, copy, dense, elementwise, gather, gather_packed, integer,
+    matmul_nbits, norm, pool, quantize, range, reduce, rotary, sizes, softmax,
 };
 use crate::layout::View;
+use crate::size::Size;
 use crate::target::Target;
 use dialects::ir::{Module, Op};
 
@@ -15,7 +17,7 @@ pub struct Anchor {
     /// Whether this form of the op is compiled.
     supports: fn(&Module, Op) -> bool,
     /// Whether an operand that steps along these dims of the result can be read as results are finished.
-    takes: fn(&[bool]) -> bool,
+    takes: fn(&[Size], &[bool]) -> bool,
     /// The views that it reads its operands through.
     views: fn(&Module, Op) -> Vec<View>,
     /// The kernels.
@@ -23,9 +25,9 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// Whether the kernel can take an elementwise op one of whose operands steps along these dims of the result.
-    pub fn takes(&self, steps: &[bool]) -> bool {
-        (self.takes)(steps)
+    /// Whether the kernel can take an elementwise op one of whose operands steps along these of the dims of the result.
+    pub fn takes(&self, domain: &[Size], steps: &[bool]) -> bool {
+        (self.takes)(domain, steps)
     }
 
     /// The views that it reads its operands through.
@@ -35,9 +37,13 @@ impl Anchor {
 }
 
 /// Rows of the result, whole, or one row for all of them, or one element for all.
-fn rows(steps: &[bool]) -> bool {
-    let Some((_, lead)) = steps.split_last() else { return true };
-    lead.iter().all(|&s| s) || lead.iter().all(|&s| !s)
+fn rows(domain: &[Size], steps: &[bool]) -> bool {
+    steps.is_empty() || meets(domain, steps, 1).is_some()
+}
+
+/// Channels of the result, whole, or one element for each or for all.
+fn channels(domain: &[Size], steps: &[bool]) -> bool {
+    meets(domain, steps, domain.len().saturating_sub(2)).is_some()
 }
 
 /// A kernel that reads its operands as they are.
@@ -46,7 +52,7 @@ fn none(_: &Module, _: Op) -> Vec<View> {
 }
 
 /// A kernel that takes nothing else.
-fn nothing(_: &[bool]) -> bool {
+fn nothing(_: &[Size], _: &[bool]) -> bool {
     false
 }
 
@@ -64,6 +70,11 @@ impl Anchor {
         Anchor { takes: rows, ..self }
     }
 
+    /// The same, whose results are channels.
+    const fn channels(self) -> Anchor {
+        Anchor { takes: channels, ..self }
+    }
+
     /// The same, which reads its operands through views.
     const fn through(self, views: fn(&Module, Op) -> Vec<View>) -> Anchor {
         Anchor { views, ..self }
@@ -72,14 +83,16 @@ impl Anchor {
 
 const ATTENTION: Anchor = Anchor::alone(attention::supports, attention::lower).through(attention::views);
 const BATCHED: Anchor = Anchor::alone(batched::supports, batched::lower);
+const CONV: Anchor = Anchor::alone(conv::supports, conv::lower).channels().through(conv::views);
 const COPY: Anchor = Anchor::alone(copy::supports, copy::lower).through(copy::views);
 const DENSE: Anchor = Anchor::alone(dense::supports, dense::lower).rows();
 const DYNAMIC: Anchor = Anchor::alone(quantize::supports_dynamic, quantize::lower_dynamic);
 const GATHER: Anchor = Anchor::alone(gather::supports, gather::lower);
 const GATHER_PACKED: Anchor = Anchor::alone(gather_packed::supports, gather_packed::lower);
-const INTEGER: Anchor = Anchor::alone(integer::supports, integer::lower).rows();
+const INTEGER: Anchor = Anchor::alone(integer::supports, integer::lower).rows().through(integer::views);
 const MATMUL_NBITS: Anchor = Anchor::alone(matmul_nbits::supports, matmul_nbits::lower).rows();
 const NORM: Anchor = Anchor::alone(norm::supports, norm::lower);
+const POOL: Anchor = Anchor::alone(pool::supports, pool::lower).channels();
 const QUANTIZE: Anchor = Anchor::alone(quantize::supports, quantize::lower);
 const RANGE: Anchor = Anchor::alone(range::supports, range::lower);
 const REDUCE: Anchor = Anchor::alone(reduce::supports, reduce::lower);
@@ -99,19 +112,30 @@ const ANCHORS: &[(&str, Anchor)] = &[
     ("com.microsoft.QuantizeLinear", QUANTIZE),
     ("com.microsoft.RotaryEmbedding", ROTARY),
     ("onnx.Attention", ATTENTION),
+    ("onnx.AveragePool", REDUCE),
+    ("onnx.AveragePool", POOL),
     ("onnx.Concat", COPY),
+    ("onnx.Conv", CONV),
+    ("onnx.ConvInteger", CONV),
     ("onnx.DequantizeLinear", QUANTIZE),
     ("onnx.DynamicQuantizeLinear", DYNAMIC),
     ("onnx.Expand", COPY),
     ("onnx.Gather", GATHER),
     ("onnx.GatherElements", GATHER),
     ("onnx.GatherND", GATHER),
+    ("onnx.Gemm", INTEGER),
     ("onnx.Gemm", DENSE),
+    ("onnx.GlobalAveragePool", REDUCE),
+    ("onnx.GlobalMaxPool", REDUCE),
     ("onnx.LayerNormalization", NORM),
     ("onnx.LogSoftmax", SOFTMAX),
+    ("onnx.MatMul", INTEGER),
     ("onnx.MatMul", DENSE),
     ("onnx.MatMul", BATCHED),
     ("onnx.MatMulInteger", INTEGER),
+    ("onnx.MaxPool", POOL),
+    ("onnx.Pad", COPY),
+    ("onnx.QLinearConv", CONV),
     ("onnx.QLinearMatMul", INTEGER),
     ("onnx.QuantizeLinear", QUANTIZE),
     ("onnx.RMSNormalization", NORM),

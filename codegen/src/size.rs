@@ -60,6 +60,15 @@ impl Size {
         }
     }
 
+    /// The difference of two sizes; `None` where it is known to be below zero.
+    pub fn minus(&self, by: &Size) -> Option<Size> {
+        let left = self.poly().sub(&by.poly())?;
+        match left.known() {
+            Some(n) => u64::try_from(n).ok().map(Size::Known),
+            None => Some(Size::Sum(left)),
+        }
+    }
+
     /// The quotient, where the sizes themselves show that it is a whole one.
     pub fn div(&self, by: &Size) -> Option<Size> {
         self.poly().div(&by.poly()).map(Size::from)

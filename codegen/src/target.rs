@@ -15,6 +15,7 @@ fn llvm(feature: Feature) -> &'static str {
         Feature::F16c => "+f16c",
         Feature::Avx512 => "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd",
         Feature::Avx512Vnni => "+avx512vnni",
+        Feature::AmxInt8 => "+amx-tile,+amx-int8",
         Feature::DotProd => "+dotprod",
         Feature::I8mm => "+i8mm",
     }
@@ -63,7 +64,7 @@ pub enum TargetError {
     },
 }
 
-use Feature::{Avx2, Avx512, Avx512Vnni, DotProd, F16c, Fma, I8mm};
+use Feature::{AmxInt8, Avx2, Avx512, Avx512Vnni, DotProd, F16c, Fma, I8mm};
 
 /// The targets that have a name, each with its features.
 const NAMED: &[(&str, Arch, &[Feature])] = &[
@@ -71,6 +72,7 @@ const NAMED: &[(&str, Arch, &[Feature])] = &[
     ("x86-64-v3", Arch::X86_64, &[Avx2, Fma, F16c]),
     ("x86-64-v4", Arch::X86_64, &[Avx2, Fma, F16c, Avx512]),
     ("avx512-vnni", Arch::X86_64, &[Avx2, Fma, F16c, Avx512, Avx512Vnni]),
+    ("sapphire-rapids", Arch::X86_64, &[Avx2, Fma, F16c, Avx512, Avx512Vnni, AmxInt8]),
     ("aarch64", Arch::Aarch64, &[]),
     ("aarch64-dotprod", Arch::Aarch64, &[DotProd]),
     ("aarch64-i8mm", Arch::Aarch64, &[DotProd, I8mm]),

@@ -6,8 +6,10 @@
 
 mod intrinsic;
 mod memory;
+mod tiles;
 
 pub use intrinsic::{Intrinsic, stand_ins};
+pub use tiles::Tiles;
 
 use crate::target::{Feature, Target};
 use std::fmt::{self, Write};
@@ -18,6 +20,8 @@ use std::fmt::{self, Write};
 pub enum Scalar {
     I1,
     I8,
+    /// An i8 that counts from 0.
+    U8,
     I16,
     I32,
     I64,
@@ -32,7 +36,7 @@ impl Scalar {
     /// Bytes in memory.
     pub fn bytes(self) -> usize {
         match self {
-            Scalar::I1 | Scalar::I8 => 1,
+            Scalar::I1 | Scalar::I8 | Scalar::U8 => 1,
             Scalar::I16 | Scalar::F16 | Scalar::BF16 => 2,
             Scalar::I32 | Scalar::F32 => 4,
             Scalar::I64 | Scalar::F64 | Scalar::Ptr => 8,
@@ -80,7 +84,7 @@ impl fmt::Display for Ty {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let elem = match self.elem {
             Scalar::I1 => "i1",
-            Scalar::I8 => "i8",
+            Scalar::I8 | Scalar::U8 => "i8",
             Scalar::I16 => "i16",
             Scalar::I32 => "i32",
             Scalar::I64 => "i64",
@@ -212,6 +216,7 @@ impl<'t> Body<'t> {
             Scalar::F32 => format!("0x{:08X}", (x as f32).to_bits()),
             Scalar::F64 => format!("0x{:016X}", x.to_bits()),
             e if e.is_float() => format!("{x:e}"),
+            Scalar::U8 => format!("{}", x as u8 as i8),
             _ => format!("{}", x as i64),
         };
         match ty.lanes {
@@ -361,10 +366,14 @@ impl<'t> Body<'t> {
 
     /// Compares.
     pub fn cmp(&mut self, cmp: Cmp, a: Val, b: Val) -> Val {
-        let (name, prefix) = if a.ty.elem.is_float() { ("cmpf", "o") } else { ("cmpi", "s") };
+        let (name, prefix) = match a.ty.elem {
+            e if e.is_float() => ("cmpf", "o"),
+            Scalar::U8 => ("cmpi", "u"),
+            _ => ("cmpi", "s"),
+        };
         let how = match cmp {
-            Cmp::Eq if prefix == "s" => "eq".to_owned(),
-            Cmp::Ne if prefix == "s" => "ne".to_owned(),
+            Cmp::Eq if prefix != "o" => "eq".to_owned(),
+            Cmp::Ne if prefix != "o" => "ne".to_owned(),
             Cmp::Ne => "une".to_owned(),
             cmp => format!("{prefix}{}", format!("{cmp:?}").to_lowercase()),
         };
@@ -387,12 +396,17 @@ impl<'t> Body<'t> {
         self.op(ty, format_args!("{name} {a} : {} to {ty}", a.ty))
     }
 
-    /// A float or a signed integer as another one; towards zero from float to integer.
+    /// A float or an integer as another one; towards zero from float to integer, and wrapping to fewer bits.
     pub fn cast(&mut self, a: Val, to: Scalar) -> Val {
         let (from, bytes) = (a.ty.elem, a.ty.elem.bytes());
         let name = match (from.is_float(), to.is_float()) {
             _ if from == to => return a,
+            (false, true) if from == Scalar::U8 => "arith.uitofp",
             (false, true) => "arith.sitofp",
+            (true, false) if to == Scalar::U8 => {
+                let wide = self.cast(a, Scalar::I32);
+                return self.cast(wide, to);
+            }
             (true, false) => "arith.fptosi",
             (true, true) if bytes < to.bytes() => "arith.extf",
             (true, true) if bytes > to.bytes() => "arith.truncf",
@@ -400,6 +414,8 @@ impl<'t> Body<'t> {
                 let wide = self.cast(a, Scalar::F32);
                 return self.cast(wide, to);
             }
+            (false, false) if bytes == to.bytes() => return Val { ty: a.ty.of(to), ..a },
+            (false, false) if bytes < to.bytes() && from == Scalar::U8 => "arith.extui",
             (false, false) if bytes < to.bytes() => "arith.extsi",
             (false, false) => "arith.trunci",
         };

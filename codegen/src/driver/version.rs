@@ -22,6 +22,8 @@ enum Word {
     Leaf7B,
     /// CPUID, leaf 7, ECX.
     Leaf7C,
+    /// CPUID, leaf 7, EDX.
+    Leaf7D,
     /// CPUID, leaf 0x80000001, ECX.
     ExtendedC,
     /// The registers that the system keeps when it changes threads.
@@ -32,7 +34,7 @@ enum Word {
     Hwcap2,
 }
 
-use Word::{ExtendedC, Hwcap, Hwcap2, Leaf1C, Leaf7B, Leaf7C, Xcr0};
+use Word::{ExtendedC, Hwcap, Hwcap2, Leaf1C, Leaf7B, Leaf7C, Leaf7D, Xcr0};
 
 /// The bits that say that there is a feature, all of what LLVM takes it to mean.
 fn needs(feature: Feature) -> &'static [(Word, &'static [u32])] {
@@ -46,6 +48,8 @@ fn needs(feature: Feature) -> &'static [(Word, &'static [u32])] {
         // F, DQ, CD, BW, VL; masks, and registers of 512 bits, 32 of them.
         Feature::Avx512 => &[(Leaf7B, &[16, 17, 28, 30, 31]), (Xcr0, &[1, 2, 5, 6, 7])],
         Feature::Avx512Vnni => &[(Leaf7C, &[11])],
+        // Tiles, and products of bytes; the registers of tiles.
+        Feature::AmxInt8 => &[(Leaf7D, &[24, 25]), (Xcr0, &[17, 18])],
         Feature::DotProd => &[(Hwcap, &[20])],
         Feature::I8mm => &[(Hwcap2, &[13])],
     }
@@ -93,7 +97,11 @@ pub(super) fn function(versions: &[Version]) -> String {
                 }
                 b.when(fits, |b| {
                     let i = b.int(Scalar::I32, i as i64);
-                    b.store(i, slot);
+                    if !version.target.machine().has(Feature::AmxInt8) {
+                        return b.store(i, slot);
+                    }
+                    let allowed = tiles_allowed(b);
+                    b.when(allowed, |b| b.store(i, slot));
                 });
             }
             let found = b.load(slot, scalar(Scalar::I32));
@@ -130,7 +138,7 @@ fn x86(b: &mut Body, xcr0: Val) -> BTreeMap<Word, Val> {
     let seven = most(b, 0, 7);
     let extended = most(b, 0x8000_0000, 0x8000_0001);
     let [_, _, leaf1, _] = cpuid(b, 1);
-    let [_, leaf7b, leaf7c, _] = cpuid(b, 7);
+    let [_, leaf7b, leaf7c, leaf7d] = cpuid(b, 7);
     let [_, _, extended_c, _] = cpuid(b, 0x8000_0001);
     let kept = b.int(Scalar::I32, 1 << 27);
     let asked = b.and(leaf1, kept);
@@ -145,13 +153,30 @@ fn x86(b: &mut Body, xcr0: Val) -> BTreeMap<Word, Val> {
         b.store(low, xcr0);
     });
     let mut words = BTreeMap::from([(Leaf1C, leaf1)]);
-    for (word, there, v) in
-        [(Leaf7B, seven, leaf7b), (Leaf7C, seven, leaf7c), (ExtendedC, extended, extended_c)]
-    {
+    for (word, there, v) in [
+        (Leaf7B, seven, leaf7b),
+        (Leaf7C, seven, leaf7c),
+        (Leaf7D, seven, leaf7d),
+        (ExtendedC, extended, extended_c),
+    ] {
         words.insert(word, b.select(there, v, zero));
     }
     words.insert(Xcr0, b.load(xcr0, scalar(Scalar::I32)));
     words
+}
+
+/// Whether the system lets this process use tiles: it is asked for that (`arch_prctl(ARCH_REQ_XCOMP_PERM, 18)`).
+fn tiles_allowed(b: &mut Body) -> Val {
+    let [call, request, tiles] = [158, 0x1023, 18].map(|n| b.int(Scalar::I64, n));
+    let refused = b.op(
+        scalar(Scalar::I64),
+        format_args!(
+            "llvm.inline_asm has_side_effects asm_dialect = att \"syscall\", \
+             \"={{ax}},{{ax}},{{di}},{{si}},~{{rcx}},~{{r11}},~{{memory}},{CLOBBERED}\" {call}, {request}, {tiles} : (i64, i64, i64) -> i64"
+        ),
+    );
+    let zero = b.size(0);
+    b.cmp(Cmp::Eq, refused, zero)
 }
 
 fn aarch64(b: &mut Body) -> BTreeMap<Word, Val> {

@@ -1,16 +1,17 @@
-//! Movement of elements: Transpose, Expand, Slice, Concat, Split, as copies from one layout to another.
+//! Movement of elements: Transpose, Expand, Slice, Concat, Split, Pad, as copies from one layout to another.
 //!
 //! One copy is a nest of loops, its sizes and steps given at run time; the text knows only how many loops there are, how
 //! wide an element is, and how the innermost loop steps. The outer loops are counted by units of work.
 
-use super::{Buffer, Kernel, Lowered, Step};
+use super::{Blob, Buffer, Kernel, Lowered, Step};
 use crate::fuse::Fused;
 use crate::layout::{self, Layout, Loop, View};
 use crate::memory;
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::{Body, Scalar, Val, scalar, vector};
-use dialects::ir::{Module, Op, Value};
+use dialects::ir::{Dim, Module, Op, Value};
+use dialects::tensor::Tensor;
 
 /// Elements of a whole contiguous copy that a unit takes.
 const CHUNK: usize = 4096;
@@ -25,6 +26,7 @@ pub fn supports(m: &Module, op: Op) -> bool {
     let operand = |i: usize| data.operand(i).is_some_and(moved);
     match data.name.as_str() {
         "onnx.Concat" => results && (0..data.operands.len()).all(operand) && axis(m, op).is_some(),
+        "onnx.Pad" => results && operand(0) && padding(m, op).is_some(),
         "onnx.Split" => {
             results && operand(0) && axis(m, op).is_some() && data.results.iter().all(Option::is_some)
         }
@@ -51,8 +53,51 @@ fn axis(m: &Module, op: Op) -> Option<usize> {
     usize::try_from(if axis < 0 { axis + rank as i64 } else { axis }).ok().filter(|&a| a < rank)
 }
 
+/// The constant that Pad puts around its operand, none being zero, and how much of it before each dim.
+fn padding(m: &Module, op: Op) -> Option<(Option<Value>, Vec<(usize, Size)>)> {
+    let data = &m.ops[op];
+    let rank = m.ty(data.operand(0)?).dims()?.len();
+    let list = |i: usize| -> Option<Vec<i64>> {
+        Some(Tensor::from_const(&m.consts[m.const_of(data.operand(i)?)?]).ok()?.to_i64().ok()?.into_owned())
+    };
+    let contents = |i: usize| -> Option<Vec<i64>> {
+        let sym = data.operand(i).and_then(|v| m.values[v].sym.as_deref());
+        list(i).or_else(|| sym?.iter().map(Dim::known).collect())
+    };
+    // Before opset 11 attributes said it.
+    let pads = match data.operand(1) {
+        Some(_) => contents(1)?,
+        None => data.attrs.ints("pads")?.to_vec(),
+    };
+    let axes = match data.operand(3) {
+        Some(_) => contents(3)?,
+        None => (0..rank as i64).collect(),
+    };
+    let constant = data.attrs.str("mode").is_none_or(|mode| mode == "constant");
+    let value = data.operand(2);
+    let fits = constant
+        && pads.len() == 2 * axes.len()
+        && pads.iter().all(|&p| p >= 0)
+        && data.attrs.get("value").is_none()
+        && value.is_none_or(|v| m.ty(v).elem() == m.ty(data.operand(0).expect("seen above")).elem());
+    let begin = axes.iter().zip(&pads).map(|(&axis, &begin)| {
+        let axis = usize::try_from(if axis < 0 { axis + rank as i64 } else { axis }).ok();
+        Some((axis.filter(|&a| a < rank)?, Size::Known(begin as u64)))
+    });
+    let begin = begin.collect::<Option<Vec<_>>>().filter(|_| fits)?;
+    Some((value, begin))
+}
+
+/// What is copied.
+enum Source {
+    /// Elements of a value.
+    Value(Value, Layout),
+    /// Zero, or a value of one element.
+    Filling(Option<Value>),
+}
+
 /// The copies: for each, what is read and how, and the result that is written and how.
-fn copies(fused: &Fused) -> Option<Vec<(Value, Layout, usize, Layout)>> {
+fn copies(fused: &Fused) -> Option<Vec<(Source, usize, Layout)>> {
     let (m, op) = (fused.module, fused.anchor()?);
     let data = &m.ops[op];
     let results: Vec<Layout> = data
@@ -69,10 +114,30 @@ fn copies(fused: &Fused) -> Option<Vec<(Value, Layout, usize, Layout)>> {
             for &v in data.operands.iter().flatten() {
                 let View { root, layout: from, .. } = layout::view(m, v)?;
                 let length = from.extent(axis);
-                out.push((root, from, 0, part(&results[0], axis, &start, &length)?));
+                out.push((Source::Value(root, from), 0, part(&results[0], axis, &start, &length)?));
                 start = start + length;
             }
             (start == results[0].extent(axis)).then_some(out)
+        }
+        "onnx.Pad" => {
+            let View { root, layout: from, .. } = layout::view(m, data.operand(0)?)?;
+            let (value, begin) = padding(m, op)?;
+            let mut inner = results.into_iter().next()?;
+            let mut out = Vec::new();
+            // Around the dims before, what is left of this one: all of it before and behind the operand.
+            for (axis, before) in begin {
+                let length = from.extent(axis);
+                let end = before.clone() + length.clone();
+                let behind = inner.extent(axis).minus(&end)?;
+                for (start, length) in [(Size::Known(0), before.clone()), (end, behind)] {
+                    if length != Size::Known(0) {
+                        out.push((Source::Filling(value), 0, part(&inner, axis, &start, &length)?));
+                    }
+                }
+                inner = part(&inner, axis, &before, &length)?;
+            }
+            out.push((Source::Value(root, from), 0, inner));
+            Some(out)
         }
         "onnx.Split" => {
             let axis = axis(m, op)?;
@@ -81,14 +146,14 @@ fn copies(fused: &Fused) -> Option<Vec<(Value, Layout, usize, Layout)>> {
             let mut out = Vec::new();
             for (i, to) in results.into_iter().enumerate() {
                 let length = to.extent(axis);
-                out.push((root, part(&from, axis, &start, &length)?, i, to));
+                out.push((Source::Value(root, part(&from, axis, &start, &length)?), i, to));
                 start = start + length;
             }
             (start == from.extent(axis)).then_some(out)
         }
         _ => {
             let View { root, layout: from, .. } = layout::view(m, data.result(0)?)?;
-            Some(vec![(root, from, 0, results.into_iter().next()?)])
+            Some(vec![(Source::Value(root, from), 0, results.into_iter().next()?)])
         }
     }
 }
@@ -101,9 +166,22 @@ fn part(of: &Layout, axis: usize, start: &Size, length: &Size) -> Option<Layout>
 /// One kernel for each value that is read or written. Buffers: what is read, what is written.
 pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     let mut lowered = Lowered::default();
-    for (root, from, result, to) in copies(fused)? {
-        let width = memory::size(fused.module.ty(root).elem()?)? as usize;
-        let buffer = fused.buffer(root, &mut lowered.blobs)?;
+    for (source, result, to) in copies(fused)? {
+        let width = memory::size(fused.module.ty(fused.results()[result]).elem()?)? as usize;
+        let (buffer, from) = match source {
+            Source::Value(root, from) => (fused.buffer(root, &mut lowered.blobs)?, from),
+            Source::Filling(value) => {
+                let shape: Vec<Size> = (0..to.dims.len()).map(|i| to.extent(i)).collect();
+                let buffer = match value {
+                    Some(v) => fused.buffer(v, &mut lowered.blobs)?,
+                    None => {
+                        lowered.blobs.push(Blob { bytes: vec![0; width].into() });
+                        Buffer::Blob(lowered.blobs.len() - 1)
+                    }
+                };
+                (buffer, Layout::contiguous(&[]).expanded(&shape)?)
+            }
+        };
         let step = step(target, width, (buffer, &from), (Buffer::Result(result), &to))?;
         lowered.steps.push(step);
     }

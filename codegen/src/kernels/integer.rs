@@ -1,25 +1,29 @@
 //! Products by a constant matrix of 8-bit codes, and the elementwise ops after them on their sums: MatMulInteger gives the
-//! sums, MatMulIntegerToFloat scales them, QLinearMatMul makes codes of them, in double precision as the interpreter does.
+//! sums, MatMulIntegerToFloat scales them, and so do MatMul and Gemm of what DequantizeLinear reads; QLinearMatMul makes codes of
+//! them, in double precision as the interpreter does.
 //!
 //! Zero points are taken away first, which leaves numbers of 9 bits: of W when it is packed, of X row by row. Pairs of them are
-//! multiplied and added up in 32 bits, which is exact (`pmaddwd`; `pmaddubsw`, twice as wide, saturates).
+//! multiplied and added up in 32 bits, which is exact (`pmaddwd`; `pmaddubsw`, twice as wide, saturates). Where a processor
+//! multiplies by fours without saturation, and W is bytes, X keeps its zero point: see [`fours`](super::fours).
 
+use super::coded::{Coded, signed};
 use super::epilogue::{Epilogue, Spot};
+use super::fours::Fours;
 use super::panel::{self, Form, Store};
-use super::{Args, Buffer, Kernel, Lowered, Step, elementwise};
+use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise};
 use crate::fuse::Fused;
+use crate::layout::View;
 use crate::size::Size;
 use crate::target::Target;
 use crate::text::{Body, Cmp, Scalar, Val, scalar, vector};
 use dialects::ir::{Elem, Module, Op, Value};
-use dialects::tensor::Tensor;
 
 /// A product of codes: its operands by what they mean, and its sizes.
 struct Product {
-    x: Value,
-    w: Value,
-    x_zero: Option<Value>,
-    w_zero: Option<Value>,
+    x: Coded,
+    w: Coded,
+    /// Whether W is `[N, K]`.
+    transposed: bool,
     n: usize,
     k: usize,
     outcome: Outcome,
@@ -56,16 +60,35 @@ fn of(m: &Module, op: Op) -> Option<Product> {
     let data = &m.ops[op];
     let at = |i: usize| data.operand(i);
     let y = data.result(0)?;
-    let (x, w, x_zero, w_zero, outcome) = match data.name.as_str() {
-        "onnx.MatMulInteger" => (at(0)?, at(1)?, at(2), at(3), Outcome::Sum),
-        "onnx.QLinearMatMul" => {
-            let (scales, zero, signed) = ([at(1)?, at(4)?, at(6)?], at(7)?, signed(m, at(7)?)?);
-            (at(0)?, at(3)?, at(2), at(5), Outcome::Codes { scales, zero, signed })
+    let (mut transposed, mut plain) = (false, true);
+    let (x, w, outcome) = match data.name.as_str() {
+        "onnx.MatMulInteger" => {
+            // There are no scales: the operands stand in their places.
+            let of = |i: usize| Some(Coded::new(at(i)?, at(i)?, at(i + 2)));
+            (of(0)?, of(1)?, Outcome::Sum)
         }
-        _ => (at(0)?, at(1)?, at(4), at(5), Outcome::Float { scales: [at(2)?, at(3)?], bias: at(6) }),
+        "onnx.QLinearMatMul" => {
+            let of = |i: usize| Some(Coded::new(at(i)?, at(i + 1)?, at(i + 2)));
+            let (zero, scales) = (at(7)?, [at(1)?, at(4)?, at(6)?]);
+            (of(0)?, of(3)?, Outcome::Codes { scales, zero, signed: signed(m, zero)? })
+        }
+        "com.microsoft.MatMulIntegerToFloat" => {
+            let of = |i: usize| Some(Coded::new(at(i)?, at(i + 2)?, at(i + 4)));
+            (of(0)?, of(1)?, Outcome::Float { scales: [at(2)?, at(3)?], bias: at(6) })
+        }
+        name => {
+            let one = |name: &str| data.attrs.float(name).unwrap_or(1.0) == 1.0;
+            if name == "onnx.Gemm" {
+                transposed = data.attrs.int("transB").unwrap_or(0) != 0;
+                plain = data.attrs.int("transA").unwrap_or(0) == 0 && one("alpha") && one("beta");
+            }
+            let (x, w) = factors(m, op)?;
+            (x, w, Outcome::Float { scales: [x.scale, w.scale], bias: at(2) })
+        }
     };
-    let [k, n] = m.consts[m.const_of(w)?].shape()[..] else { return None };
-    let (from, to) = (Size::shape(m.ty(x))?, Size::shape(m.ty(y))?);
+    let [rows, columns] = m.consts[m.const_of(w.codes)?].shape()[..] else { return None };
+    let (k, n) = if transposed { (columns, rows) } else { (rows, columns) };
+    let (from, to) = (Size::shape(m.ty(x.codes))?, Size::shape(m.ty(y))?);
     let count = |v: Value| Size::shape(m.ty(v)).map(|s| Size::product(&s));
     let one = |v: Value| count(v) == Some(Size::Known(1));
     let each = |v: Value| m.const_of(v).is_some_and(|c| [1, n as u64].contains(&m.consts[c].count()));
@@ -76,57 +99,79 @@ fn of(m: &Module, op: Op) -> Option<Product> {
         Outcome::Float { scales, .. } => one(scales[0]),
         Outcome::Codes { scales, zero, .. } => one(scales[0]) && one(scales[2]) && one(*zero),
     };
-    let fits = signed(m, x).is_some()
-        && signed(m, w).is_some()
+    let fits = plain
+        && signed(m, x.codes).is_some()
+        && signed(m, w.codes).is_some()
         && from.last() == Some(&Size::from(k))
         && to.last() == Some(&Size::from(n))
-        && x_zero.is_none_or(|z| signed(m, z) == signed(m, x) && one(z))
-        && w_zero.is_none_or(each)
+        && x.zero.is_none_or(|z| signed(m, z) == signed(m, x.codes) && one(z))
+        && w.zero.is_none_or(each)
         && ends
         && outcome.operands().iter().all(|v| float(*v) && meets(v));
-    fits.then_some(Product { x, w, x_zero, w_zero, n, k, outcome })
+    fits.then_some(Product { x, w, transposed, n, k, outcome })
 }
 
-/// Whether the codes of `v` are signed, if they are codes.
-fn signed(m: &Module, v: Value) -> Option<bool> {
-    match m.ty(v).elem()? {
-        Elem::U8 => Some(false),
-        Elem::I8 => Some(true),
-        _ => None,
-    }
+/// The codes of both factors of a MatMul or Gemm.
+fn factors(m: &Module, op: Op) -> Option<(Coded, Coded)> {
+    let data = &m.ops[op];
+    let (x, w) = (data.operand(0)?, data.operand(1)?);
+    let axis = match data.attrs.int("transB").filter(|_| data.is("onnx.Gemm")) {
+        None | Some(0) => 1,
+        Some(_) => 0,
+    };
+    Some((Coded::activation(m, x)?, Coded::constant(m, w, axis)?))
 }
 
-fn codes(m: &Module, v: Value) -> Option<Vec<i64>> {
-    Some(Tensor::from_const(&m.consts[m.const_of(v)?]).ok()?.to_i64().ok()?.into_owned())
+/// Whether `op` is a MatMul or Gemm that multiplies what stands behind DequantizeLinear.
+pub fn reads_codes(m: &Module, op: Op) -> bool {
+    matches!(m.ops[op].name.as_str(), "onnx.MatMul" | "onnx.Gemm") && supports(m, op)
+}
+
+/// What reads the codes.
+pub fn views(m: &Module, op: Op) -> Vec<View> {
+    let factors = factors(m, op).filter(|_| reads_codes(m, op));
+    factors.into_iter().flat_map(|(x, w)| [x.view(m), w.view(m)]).flatten().collect()
 }
 
 /// The kernels: X is centred, its rows brought together, then multiplied.
 pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     let (m, op) = (fused.module, fused.anchor()?);
-    let Product { x, w, x_zero, w_zero, n, k, outcome } = of(m, op)?;
+    let Product { x, w, transposed, n, k, outcome } = of(m, op)?;
     let domain = fused.domain()?;
     let rows = Size::product(&domain[..domain.len() - 1]);
-    let mut w = codes(m, w)?;
-    if let Some(zeros) = w_zero {
-        let zeros = codes(m, zeros)?;
-        w.iter_mut().enumerate().for_each(|(i, w)| *w -= zeros[i % n % zeros.len()]);
-    }
-    let store = if w.iter().all(|&w| i8::try_from(w).is_ok()) { Store::Bytes } else { Store::Words };
-    let form = Form { n, k: k.div_ceil(2), lanes: target.lanes(), store };
+    let w = w.numbers(m, usize::from(!transposed))?;
+    let signed_x = signed(m, x.codes)?;
+    let fours = Fours::of(target, &w, signed_x);
+    let store = match fours {
+        Some(_) => Store::Fours,
+        None if w.iter().all(|&w| i8::try_from(w).is_ok()) => Store::Bytes,
+        None => Store::Words,
+    };
+    let (count, steps) = fours.map_or((2, k.div_ceil(2)), |fours| (4, fours.steps(k)));
+    let form = Form { n, k: steps, lanes: target.lanes(), store };
+    let at = |k_at: usize, n_at: usize| if transposed { n_at * k + k_at } else { k_at * n + n_at };
     let packed = form.pack(|step, n, out| {
-        let half = out.len() / 2;
-        for (i, out) in out.chunks_exact_mut(half).enumerate() {
-            let v = w.get((2 * step + i) * form.n + n).copied().unwrap_or(0);
-            out.copy_from_slice(&v.to_le_bytes()[..half]);
+        let size = out.len() / count;
+        for (i, out) in out.chunks_exact_mut(size).enumerate() {
+            let step = count * step + i;
+            let v = if step < k { w[at(step, n)] } else { 0 };
+            out.copy_from_slice(&v.to_le_bytes()[..size]);
         }
     });
 
     let mut lowered = Lowered { temps: vec![rows.clone() * (4 * form.k).into()], ..Lowered::default() };
-    let mut buffers = vec![fused.buffer(x, &mut lowered.blobs)?, Buffer::Temp(0)];
-    if let Some(zero) = x_zero {
-        buffers.push(fused.buffer(zero, &mut lowered.blobs)?);
-    }
-    let kernel = centre(target, k, signed(m, x)?, x_zero.is_some());
+    let mut buffers = vec![fused.buffer(x.codes, &mut lowered.blobs)?, Buffer::Temp(0)];
+    let zero = match x.zero {
+        Some(zero) => Some(fused.buffer(zero, &mut lowered.blobs)?),
+        None => None,
+    };
+    let kernel = match fours {
+        Some(fours) => fours.rows(target, k),
+        None => {
+            buffers.extend(zero.clone());
+            centre(target, k, signed_x, zero.is_some())
+        }
+    };
     lowered.steps.push(Step { kernel, buffers, dims: Vec::new(), units: rows.clone(), work: (k / 8).into() });
     let epilogue = Epilogue::new(fused, &domain, n, outcome.operands())?;
     let mut read = Vec::new();
@@ -137,7 +182,24 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     if let Outcome::Codes { zero, .. } = outcome {
         read.push(fused.buffer(zero, &mut lowered.blobs)?);
     }
+    let shifts = fours.filter(|f| f.shifts(zero.is_some()));
+    let columns = read.len();
+    if shifts.is_some() {
+        let mut sums = vec![0i32; form.columns()];
+        for (n, sum) in sums.iter_mut().enumerate().take(n) {
+            *sum = (0..k).fold(0, |sum, k| sum.wrapping_add(w[at(k, n)] as i32));
+        }
+        read.push(Buffer::Blob(lowered.blobs.len()));
+        let bytes: Vec<u8> = sums.iter().flat_map(|s| s.to_le_bytes()).collect();
+        lowered.blobs.push(Blob { bytes: bytes.into() });
+        read.extend(zero.clone());
+    }
     let finish = |b: &mut Body, a: &Args, first: usize, spot: Spot, sum: Val| {
+        let sum = shifts.map_or(sum, |fours| {
+            let zero = zero.as_ref().map(|_| a.buffer(b, first + columns + 1));
+            let columns = a.buffer(b, first + columns);
+            fours.centred(b, sum, columns, spot.n, zero)
+        });
         epilogue.emit(b, a, first, spot, form.lanes, |b, values| match &outcome {
             Outcome::Sum => sum,
             Outcome::Float { scales, bias } => {
@@ -149,7 +211,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
             Outcome::Codes { scales, signed, .. } => {
                 let zero = a.buffer(b, first + last);
                 let zero = b.load(zero, scalar(Scalar::I8));
-                coded(b, sum, scales.map(|s| values[&s]), zero, *signed)
+                in_codes(b, sum, scales.map(|s| values[&s]), zero, *signed)
             }
         })
     };
@@ -159,7 +221,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
 }
 
 /// `round(sum * x_scale * w_scale / y_scale) + zero`, saturated, in double precision; NaN is code 0.
-fn coded(b: &mut Body, sum: Val, [x, w, y]: [Val; 3], zero: Val, signed: bool) -> Val {
+fn in_codes(b: &mut Body, sum: Val, [x, w, y]: [Val; 3], zero: Val, signed: bool) -> Val {
     let wide = sum.ty.of(Scalar::F64);
     let sum = b.cast(sum, Scalar::F64);
     let [x, w, y] = [x, w, y].map(|s| b.cast(s, Scalar::F64));
@@ -188,7 +250,7 @@ fn coded(b: &mut Body, sum: Val, [x, w, y]: [Val; 3], zero: Val, signed: bool) -
     let code = b.max_finite(code, low);
     let code = b.select(number, code, none);
     let code = b.cast(code, Scalar::I32);
-    b.cast(code, Scalar::I8)
+    b.cast(code, if signed { Scalar::I8 } else { Scalar::U8 })
 }
 
 /// Codes less their zero point, as i16, in an even number. Buffers: X, result, and the zero point if there is one. A unit is a

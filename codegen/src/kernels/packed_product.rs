@@ -151,6 +151,7 @@ pub fn product(target: &Target, form: &Form, results: usize, finish: &Finish) ->
                 b.each(left, rows.1, 1, |b, m| alone.row(b, a, (x, w, &y), nb, m));
             });
         });
+        room.inspect(|room| room.release(b));
     })
 }
 
@@ -191,6 +192,8 @@ pub(super) struct Product<'f> {
     x: Rows,
     /// `None` where X is floats.
     dot: Option<Dot>,
+    /// Whether tiles of AMX multiply 16 rows of X by 16 of W.
+    pub(super) amx: bool,
     finish: &'f Finish<'f>,
 }
 
@@ -210,8 +213,13 @@ impl Product<'_> {
         // Beside the sums: codes, an element of X, and what the compiler needs.
         let tile = ((registers - 4) / (ROWS / lanes)).min(12);
         let dot = (x != Rows::Floats).then(|| Dot::of(target, form));
-        let tile = if dot == Some(Dot::Usdot) { tile / 2 * 2 } else { tile };
-        Product { form, lanes, tile, x, dot, finish }
+        let amx = x == Rows::Codes && target.has(Feature::AmxInt8);
+        let tile = match dot {
+            _ if amx => ROWS,
+            Some(Dot::Usdot) => tile / 2 * 2,
+            _ => tile,
+        };
+        Product { form, lanes, tile, x, dot, amx, finish }
     }
 
     /// Vectors that 16 rows of W take.

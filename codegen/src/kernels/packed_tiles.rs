@@ -8,7 +8,7 @@
 use super::Args;
 use super::packed::{CHUNK, ROWS};
 use super::packed_product::{BLOCKS, Product, Source};
-use crate::text::{Body, Cmp, Intrinsic, Scalar, Val, vector};
+use crate::text::{Body, Cmp, Intrinsic, Scalar, Tiles, Val, vector};
 
 /// Bytes of codes that are decoded at a time, if a group has no more: half of a first cache.
 const DECODED: usize = 1 << 14;
@@ -27,6 +27,14 @@ pub(super) struct Room {
     zeros: Val,
     /// `[row - first][block][16]` f32.
     sums: Val,
+    /// Of AMX: sums, X, W; and `[16][16]` i32 behind the first.
+    amx: Option<(Tiles, Val)>,
+}
+
+impl Room {
+    pub(super) fn release(&self, b: &mut Body) {
+        self.amx.iter().for_each(|(tiles, _)| tiles.release(b));
+    }
 }
 
 /// A unit: whole tiles of rows, and blocks, each from the first to behind the last.
@@ -65,6 +73,10 @@ impl Product<'_> {
             scales: b.room(words),
             zeros: b.room(if self.form.zeros { words } else { 0 }),
             sums: b.room(self.most() * BLOCKS * ROWS / 2),
+            amx: self.amx.then(|| {
+                let shapes = [(ROWS, 64), (ROWS, self.depth()), (self.depth() / 4, 64)];
+                (b.tiles(&shapes), b.room(ROWS * ROWS / 2))
+            }),
         }
     }
 
@@ -226,6 +238,36 @@ impl Product<'_> {
         out
     }
 
+    /// Elements of K in a tile of AMX.
+    fn depth(&self) -> usize {
+        [64, 32].into_iter().find(|d| self.form.group % d == 0).unwrap_or(16)
+    }
+
+    /// The sums of group `g` of 16 rows of X by decoded codes, by tiles of AMX.
+    fn squares(&self, b: &mut Body, (tiles, sums): &(Tiles, Val), x: Val, g: Val, codes: Val) -> Vec<Val> {
+        let form = self.form;
+        tiles.zero(b, 0);
+        let group = b.size(form.group);
+        let first = b.mul(g, group);
+        let x = b.at(x, first);
+        let zero = b.size(0);
+        b.each(zero, group, self.depth(), |b, k| {
+            let line = b.size(ROWS);
+            let offset = b.mul(k, line);
+            let (x, codes) = (b.at(x, k), b.at(codes, offset));
+            tiles.load(b, 1, x, form.x_row());
+            tiles.load(b, 2, codes, ROWS * 4);
+            tiles.dot(b, (0, 1, 2), false);
+        });
+        tiles.store(b, 0, *sums, ROWS * 4);
+        let row = |i: usize| {
+            let at = b.at_const(*sums, i * ROWS * 4);
+            let v = b.load(at, vector(ROWS, Scalar::I32));
+            b.cast(v, Scalar::F32)
+        };
+        (0..ROWS).map(row).collect()
+    }
+
     /// A tile of rows from `m` on by a run of groups of the block `nb`, added to their sums.
     fn multiply(&self, b: &mut Body, x: Val, unit: &Unit, nb: Val, m: Val, (from, to): (Val, Val)) {
         let (form, room) = (self.form, unit.room);
@@ -236,7 +278,10 @@ impl Product<'_> {
         let first = self.sums(b, unit, m, nb);
         b.each(from, to, 1, |b, g| {
             let codes = self.place(b, unit, room.codes, (nb, g, from), self.group_bytes());
-            let dots = self.group(b, &rows, g, Source::Decoded(codes));
+            let dots = match &room.amx {
+                Some(amx) => self.squares(b, amx, x, g, codes),
+                None => self.group(b, &rows, g, Source::Decoded(codes)),
+            };
             let scales = self.place(b, unit, room.scales, (nb, g, from), ROWS * 4);
             let scales = self.load(b, scales);
             let zeros = match form.zeros {

@@ -2,10 +2,10 @@
 //!
 //! [`emit`] is the one list of what is compiled; whether an op is in it is found by emitting it.
 
-use super::math;
+use super::{math, quantize};
 use crate::target::Target;
 use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar};
-use dialects::ir::{Elem, Module, Op, OpData, Value};
+use dialects::ir::{Dim, Elem, Module, Op, OpData, Value};
 use dialects::tensor::Tensor;
 
 /// The type of an element in a register. Bools are one bit there and a byte in memory.
@@ -15,6 +15,8 @@ pub fn register(elem: Elem) -> Option<Scalar> {
         Elem::I64 => Scalar::I64,
         Elem::I32 => Scalar::I32,
         Elem::Bool => Scalar::I1,
+        Elem::U8 => Scalar::U8,
+        Elem::I8 => Scalar::I8,
         _ => return None,
     })
 }
@@ -78,6 +80,34 @@ pub fn number(m: &Module, v: Value) -> Option<f64> {
     }
 }
 
+fn is_quantizer(data: &OpData) -> bool {
+    data.name.as_str().ends_with(".QuantizeLinear") || data.name.as_str().ends_with(".DequantizeLinear")
+}
+
+/// The codes that `op` makes or reads, if it is QuantizeLinear or DequantizeLinear of f32 with one scale and zero point for
+/// all. They are elementwise ops then.
+pub fn one_scale(m: &Module, op: Op) -> Option<Value> {
+    let data = &m.ops[op];
+    let (x, scale, y) = (data.operand(0)?, data.operand(1)?, data.result(0)?);
+    let reads = data.name.as_str().ends_with(".DequantizeLinear");
+    let (codes, real) = if reads { (x, y) } else { (y, x) };
+    let rank = m.ty(x).dims()?.len();
+    let one =
+        |v: Value| m.ty(v).dims().is_some_and(|d| d.len() <= rank && d.iter().all(|d| *d == Dim::Known(1)));
+    let int = |name: &str| data.attrs.int(name).unwrap_or(0);
+    let elem = m.ty(codes).elem()?;
+    let zero = data.operand(2);
+    let fits = is_quantizer(data)
+        && m.ty(real).elem() == Some(Elem::F32)
+        && m.ty(scale).elem() == Some(Elem::F32)
+        && one(scale)
+        && zero.is_none_or(|z| one(z) && m.ty(z).elem() == Some(elem))
+        && (matches!(elem, Elem::U8 | Elem::I8) || (reads && elem == Elem::I32 && zero.is_none()))
+        && int("block_size") == 0
+        && int("precision") == 0;
+    fits.then_some(codes)
+}
+
 /// Whether [`emit`] knows `op` of `m`.
 pub fn supports(m: &Module, target: &Target, op: Op) -> bool {
     let data = &m.ops[op];
@@ -88,7 +118,8 @@ pub fn supports(m: &Module, target: &Target, op: Op) -> bool {
     let Some(inputs) = inputs.filter(|i| !i.is_empty()) else { return false };
     // Before opset 7 an attribute said how dims meet.
     let plain = data.attrs.int("broadcast").is_none() && data.attrs.int("axis").is_none();
-    if !plain || (data.operands.len() != inputs.len() && !data.is("onnx.Clip")) {
+    let fits = if is_quantizer(data) { one_scale(m, op).is_some() } else { plain };
+    if !fits || (data.operands.len() != inputs.len() && !data.is("onnx.Clip")) {
         return false;
     }
     let numbers: Vec<Option<f64>> = data.operands.iter().flatten().map(|&v| number(m, v)).collect();
@@ -111,7 +142,22 @@ pub fn emit(b: &mut Body, op: &OpData, x: &[Val], numbers: &[Option<f64>], out: 
     let attr = |name: &str, default: f64| op.attrs.float(name).map_or(default, f64::from);
     let cmp = |b: &mut Body, how| (x.len() == 2 && !bools).then(|| b.cmp(how, x[0], x[1]));
     let name = op.name.as_str().strip_prefix("onnx.").unwrap_or(op.name.as_str());
+    let zero = x.get(2).copied();
     Some(match (name, x.len()) {
+        ("QuantizeLinear" | "com.microsoft.QuantizeLinear", 2 | 3) if float => {
+            quantize::quantized(b, first, x[1], zero, out)
+        }
+        ("DequantizeLinear" | "com.microsoft.DequantizeLinear", 2 | 3) if !float => {
+            let code = b.cast(first, Scalar::F32);
+            let code = match zero {
+                Some(zero) => {
+                    let zero = b.cast(zero, Scalar::F32);
+                    b.sub(code, zero)
+                }
+                None => code,
+            };
+            b.mul(code, x[1])
+        }
         ("Identity", 1) => first,
         ("Cast", 1) => return cast(b, first, out),
         ("Add", 2) if arithmetic => b.add(x[0], x[1]),
@@ -242,6 +288,7 @@ pub fn emit(b: &mut Body, op: &OpData, x: &[Val], numbers: &[Option<f64>], out: 
 fn cast(b: &mut Body, x: Val, out: Scalar) -> Option<Val> {
     Some(match (x.ty.elem, out) {
         (from, to) if from == to => x,
+        (_, Scalar::I8 | Scalar::U8) => return None,
         (Scalar::I1, Scalar::F32) => {
             let bits = b.widen_unsigned(x, Scalar::I32);
             b.cast(bits, Scalar::F32)

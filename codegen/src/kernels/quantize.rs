@@ -32,16 +32,17 @@ impl Codes {
     }
 
     fn elem(self) -> Scalar {
-        if self == Codes::I32 { Scalar::I32 } else { Scalar::I8 }
+        match self {
+            Codes::U8 => Scalar::U8,
+            Codes::I8 => Scalar::I8,
+            Codes::I32 => Scalar::I32,
+        }
     }
 
     /// Codes as integers of 32 bits, `lanes` of them or one.
     fn load(self, b: &mut Body, p: Val, lanes: usize) -> Val {
         let v = b.load(p, Ty { elem: self.elem(), lanes });
-        match self {
-            Codes::U8 => b.widen_unsigned(v, Scalar::I32),
-            _ => b.cast(v, Scalar::I32),
-        }
+        b.cast(v, Scalar::I32)
     }
 }
 
@@ -66,9 +67,9 @@ struct Form {
     zero: bool,
 }
 
-/// f32 and 8-bit codes (32-bit ones without a zero point are read), without blocks.
+/// f32 and 8-bit codes (32-bit ones without a zero point are read), without blocks. With one scale they are elementwise ops.
 pub fn supports(m: &Module, op: Op) -> bool {
-    form(m, op).is_some()
+    pointwise::one_scale(m, op).is_none() && form(m, op).is_some()
 }
 
 fn quantizes(m: &Module, op: Op) -> bool {
@@ -137,7 +138,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
                 if quantizes {
                     let p = b.element(x, at, Scalar::F32);
                     let v = b.load(p, Ty { elem: Scalar::F32, lanes });
-                    let code = quantized(b, v, scale, zero, form.codes == Codes::U8);
+                    let code = quantized(b, v, scale, Some(zero), form.codes.elem());
                     let p = b.element(y, at, Scalar::I8);
                     b.store(code, p);
                 } else {
@@ -179,19 +180,26 @@ impl Form {
     }
 }
 
-/// `round(x / scale) + zero`, saturated, as bytes.
-fn quantized(b: &mut Body, x: Val, scale: Val, zero: Val, unsigned: bool) -> Val {
-    let (low, high) = if unsigned { (0.0, 255.0) } else { (-128.0, 127.0) };
-    let (low, high, none) = (b.splat(x.ty, low), b.splat(x.ty, high), b.splat(x.ty, 0.0));
+/// `round(x / scale) + zero`, saturated, as codes of the type `codes`.
+pub fn quantized(b: &mut Body, x: Val, scale: Val, zero: Option<Val>, codes: Scalar) -> Val {
     let v = b.div(x, scale);
-    let v = math::round(b, v);
-    let v = b.add(v, zero);
+    rounded(b, v, zero, codes)
+}
+
+/// `round(v) + zero`, saturated, as codes of the type `codes`; NaN is code 0.
+pub fn rounded(b: &mut Body, v: Val, zero: Option<Val>, codes: Scalar) -> Val {
+    let (low, high) = if codes == Scalar::U8 { (0.0, 255.0) } else { (-128.0, 127.0) };
+    let (low, high, none) = (b.splat(v.ty, low), b.splat(v.ty, high), b.splat(v.ty, 0.0));
+    let mut v = math::round(b, v);
+    if let Some(zero) = zero {
+        let zero = b.cast(zero, Scalar::F32);
+        v = b.add(v, zero);
+    }
     let number = b.cmp(Cmp::Eq, v, v);
     let v = b.select(number, v, none);
     let v = b.min_finite(v, high);
     let v = b.max_finite(v, low);
-    let code = b.cast(v, Scalar::I32);
-    b.cast(code, Scalar::I8)
+    b.cast(v, codes)
 }
 
 /// f32 of known or named dims.
@@ -323,7 +331,7 @@ fn codes_of(b: &mut Body, a: &Args, count: Val, out: Val, scale: Val, zero: Val)
         let p = b.element(x, i, Scalar::F32);
         let v = pointwise::load(b, p, Ty { elem: Scalar::F32, lanes });
         let (scale, zero) = (b.spread(scale, lanes), b.spread(zero, lanes));
-        let code = quantized(b, v, scale, zero, true);
+        let code = quantized(b, v, scale, Some(zero), Scalar::U8);
         let p = b.element(out, i, Scalar::I8);
         b.store(code, p);
     });

@@ -1,9 +1,9 @@
-//! Reductions over dims that lie side by side: sums, means, extremes and norms.
+//! Reductions over dims that lie side by side: sums, means, extremes and norms; pools over all of an image.
 //!
 //! Rows that are reduced whole are folded in four vectors of lanes at a time; where other dims follow, lanes are columns. Either
 //! way the order is fixed, whatever the number of threads.
 
-use super::{Buffer, Kernel, Lowered, Step, elementwise, pointwise};
+use super::{Buffer, Kernel, Lowered, Step, elementwise, pointwise, pool};
 use crate::fuse::Fused;
 use crate::size::Size;
 use crate::target::Target;
@@ -37,7 +37,7 @@ struct Form {
     inner: Size,
 }
 
-/// f32; sums and extremes of i64 and i32; constant axes, between which nothing stays.
+/// f32; sums and extremes of i64 and i32; constant axes, between which nothing stays. Pools of f32 over all of an image.
 pub fn supports(m: &Module, op: Op) -> bool {
     form(m, op).is_some()
 }
@@ -46,8 +46,9 @@ fn form(m: &Module, op: Op) -> Option<Form> {
     let data = &m.ops[op];
     let kind = match data.name.as_str() {
         "onnx.ReduceSum" => Kind::Sum,
-        "onnx.ReduceMean" => Kind::Mean,
-        "onnx.ReduceMax" => Kind::Max,
+        "onnx.ReduceMean" | "onnx.GlobalAveragePool" => Kind::Mean,
+        "onnx.AveragePool" if pool::is_global(m, op) => Kind::Mean,
+        "onnx.ReduceMax" | "onnx.GlobalMaxPool" => Kind::Max,
         "onnx.ReduceMin" => Kind::Min,
         "onnx.ReduceSumSquare" => Kind::SumSquare,
         "onnx.ReduceL1" => Kind::L1,
@@ -56,23 +57,27 @@ fn form(m: &Module, op: Op) -> Option<Form> {
     };
     let x = data.operand(0)?;
     let elem = m.ty(x).elem().and_then(pointwise::register)?;
-    let plain = matches!(kind, Kind::Sum | Kind::Max | Kind::Min);
+    let pools = data.name.as_str().ends_with("Pool");
+    let plain = matches!(kind, Kind::Sum | Kind::Max | Kind::Min) && !pools;
     let shape = Size::shape(m.ty(x))?;
     let rank = shape.len() as i64;
     let given = match (data.operand(1), data.attrs.get("axes")) {
+        // A pool over no cells is an error.
+        _ if pools => (2..rank).filter(|&i| shape[i as usize] != Size::Known(0)).collect(),
         (Some(v), _) => Tensor::from_const(&m.consts[m.const_of(v)?]).ok()?.to_i64().ok()?.into_owned(),
         (None, Some(Attr::Ints(axes))) => axes.clone(),
         (None, Some(_)) => return None,
         (None, None) => Vec::new(),
     };
-    let all = given.is_empty() && data.attrs.int("noop_with_empty_axes").unwrap_or(0) == 0;
+    let all = given.is_empty() && !pools && data.attrs.int("noop_with_empty_axes").unwrap_or(0) == 0;
     let goes = |i: usize| all || given.iter().any(|&a| a == i as i64 || a + rank == i as i64);
     let gone: Vec<usize> = (0..shape.len()).filter(|&i| goes(i)).collect();
     let (&first, &last) = (gone.first()?, gone.last()?);
-    let whole = (first..=last).all(|i| goes(i) || shape[i] == Size::Known(1));
+    let whole = (!pools || gone.len() + 2 == shape.len())
+        && (first..=last).all(|i| goes(i) || shape[i] == Size::Known(1));
     let float = elem == Scalar::F32;
     Size::shape(m.ty(data.result(0)?))?;
-    ((float || (plain && elem != Scalar::I1)) && whole).then(|| Form {
+    ((float || (plain && matches!(elem, Scalar::I32 | Scalar::I64))) && whole).then(|| Form {
         kind,
         elem,
         outer: Size::product(&shape[..first]),

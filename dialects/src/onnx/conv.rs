@@ -79,10 +79,10 @@ pub(crate) fn infer(cx: &InferCx, x: usize, w: usize, elem: Option<Elem>) -> Inf
 }
 
 /// A convolution whose sizes fit.
-pub(crate) struct Conv {
+pub struct Conv {
     batch: usize,
     /// Groups of channels, each with its own filters.
-    groups: usize,
+    pub groups: usize,
     /// Channels of one group.
     pub depth: usize,
     /// Filters of all groups.
@@ -112,7 +112,7 @@ impl Conv {
 
     /// The kernels `w` times columns of X, plus one `bias` per filter. `columns(n, g, from, width, out)` writes what the
     /// windows `from..from + width` see of image `n` and group `g`, as `[depth * taps, width]`; `out` comes zeroed.
-    pub fn multiply<T: Real>(
+    pub(crate) fn multiply<T: Real>(
         &self,
         w: &[T],
         bias: Option<&[T]>,
@@ -146,7 +146,7 @@ impl Conv {
     }
 
     /// The convolution of the elements `x` with the kernels `w`.
-    pub fn run<T: Real>(&self, x: &[T], w: &[T], bias: Option<&[T]>) -> Result<Vec<T>, OpError> {
+    pub(crate) fn run<T: Real>(&self, x: &[T], w: &[T], bias: Option<&[T]>) -> Result<Vec<T>, OpError> {
         let image = self.depth * self.sliding.cells();
         self.multiply(w, bias, |n, g, from, width, out| {
             self.sliding.unfold(&x[(n * self.groups + g) * image..][..image], from, width, out);

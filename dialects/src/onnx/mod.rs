@@ -48,7 +48,9 @@ mod unique;
 pub mod util;
 mod window;
 
+pub use conv::Conv;
 pub use movement::cut;
+pub use window::{Sliding, Window};
 
 /// Every family of ops in this dialect.
 pub const FAMILIES: &[&[OpDef]] = &[

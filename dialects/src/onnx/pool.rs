@@ -219,22 +219,9 @@ fn eval_max(cx: &EvalCx) -> Evaluated {
 fn eval_average<T: Real>(cx: &EvalCx) -> Evaluated {
     let x = cx.input(0)?;
     let (shape, s) = slide(cx, x)?;
-    let rank = s.input.len();
     // What the sums are divided by: the cells, or with the padding all that the window covers of the padded input.
-    let counts: Vec<T> = if cx.int_or("count_include_pad", 0) != 0 {
-        let covered = |position: usize| {
-            let mut out = vec![0; rank];
-            unflatten(position, &s.output, &mut out);
-            let along = |i: usize| {
-                let room = (s.input[i] + s.begin[i] + s.end[i]).saturating_sub(out[i] * s.strides[i]);
-                room.div_ceil(s.dilations[i]).min(s.kernel[i])
-            };
-            T::of((0..rank).map(along).product::<usize>() as f64)
-        };
-        (0..s.positions()).map(covered).collect()
-    } else {
-        fold_windows(&vec![T::one(); s.cells()], &s, T::zero(), |n, one, _| *n += one)
-    };
+    let counts: Vec<T> =
+        s.counts(cx.int_or("count_include_pad", 0) != 0).into_iter().map(|n| T::of(n as f64)).collect();
     let mut y = fold_windows(&T::values(x)?, &s, T::zero(), |y, v, _| *y += v);
     if !counts.is_empty() {
         y.par_chunks_mut(counts.len()).for_each(|y| y.iter_mut().zip(&counts).for_each(|(y, &n)| *y /= n));

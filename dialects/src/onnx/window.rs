@@ -4,7 +4,7 @@ use crate::ir::{Attrs, Dim};
 use crate::ops::OpError;
 
 /// What the attributes say, before the sizes of the input are known.
-pub(crate) struct Window {
+pub struct Window {
     /// Sizes.
     pub kernel: Vec<usize>,
     strides: Vec<usize>,
@@ -26,7 +26,7 @@ enum Auto {
 }
 
 /// A window on an input of known sizes. All lists have one element per spatial dim.
-pub(crate) struct Sliding {
+pub struct Sliding {
     /// Sizes of the input.
     pub input: Vec<usize>,
     /// Sizes of the output.
@@ -227,6 +227,25 @@ impl Sliding {
     /// The number of windows.
     pub fn positions(&self) -> usize {
         self.output.iter().product()
+    }
+
+    /// How many cells of the input each window sees; those of the padding count if `padding` says so, as far as the padded
+    /// input goes.
+    pub fn counts(&self, padding: bool) -> Vec<usize> {
+        let along = |i: usize, out: usize| match padding {
+            true => {
+                let room =
+                    (self.input[i] + self.begin[i] + self.end[i]).saturating_sub(out * self.strides[i]);
+                room.div_ceil(self.dilations[i]).min(self.kernel[i])
+            }
+            false => (0..self.kernel[i]).filter(|&k| self.cell(i, out, k).is_some()).count(),
+        };
+        let mut out = vec![0; self.input.len()];
+        let count = |position| {
+            unflatten(position, &self.output, &mut out);
+            out.iter().enumerate().map(|(i, &o)| along(i, o)).product()
+        };
+        (0..self.positions()).map(count).collect()
     }
 
     /// Calls `f(at, cell)` for each of the windows `from..from + width` whose own cell `tap` lies on the input, in

@@ -67,6 +67,8 @@ fn needed(instruction: &str) -> (Arch, Option<Feature>) {
         }
         "x86.avx512.pmaddw.d.512" | "x86.avx512.pmaddubs.w.512" => (Arch::X86_64, Some(Feature::Avx512)),
         "x86.avx512.vpdpbusd.512" | "x86.avx512.vpdpwssd.512" => (Arch::X86_64, Some(Feature::Avx512Vnni)),
+        "x86.ldtilecfg" | "x86.tilerelease" | "x86.tilezero" | "x86.tileloadd64" | "x86.tilestored64"
+        | "x86.tdpbusd" | "x86.tdpbsud" => (Arch::X86_64, Some(Feature::AmxInt8)),
         "aarch64.neon.sdot.v4i32.v16i8" => (Arch::Aarch64, Some(Feature::DotProd)),
         "aarch64.neon.usdot.v4i32.v16i8" | "aarch64.neon.usmmla.v4i32.v16i8" => {
             (Arch::Aarch64, Some(Feature::I8mm))

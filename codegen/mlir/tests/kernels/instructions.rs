@@ -79,7 +79,9 @@ fn instructions_do_what_their_manuals_say() {
             "x86-64" => vec![(Pmaddwd, 16)],
             "x86-64-v3" => avx2.to_vec(),
             "x86-64-v4" => [&avx2[..], &avx512].concat(),
-            "avx512-vnni" => [&avx2[..], &avx512, &[(Vpdpbusd, 64), (Vpdpwssd, 64)]].concat(),
+            "avx512-vnni" | "sapphire-rapids" => {
+                [&avx2[..], &avx512, &[(Vpdpbusd, 64), (Vpdpwssd, 64)]].concat()
+            }
             "aarch64" => Vec::new(),
             "aarch64-dotprod" => vec![(Sdot, 16)],
             "aarch64-i8mm" => vec![(Sdot, 16), (Usdot, 16), (Usmmla, 16)],

@@ -1,22 +1,13 @@
 //! Codes of 8 bits: made, read, and multiplied, against the interpreter.
 
-use crate::models::{Here, check, check_on, model};
+use crate::models::{Here, check, check_on, codes, model};
 use codegen::Native;
 use dialects::ir::{Elem, Module, OpBuilder, Type, Value, infer};
 use dialects::ops::{Item, Ops};
 use dialects::tensor::{Data, Tensor};
-use rand::{Rng, RngExt, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
-
-fn codes(elem: Elem, shape: &[usize], rng: &mut impl Rng) -> Tensor {
-    let n = shape.iter().product();
-    let data: Data = match elem {
-        Elem::I8 => Data::I8((0..n).map(|_| rng.random()).collect()),
-        _ => Data::U8((0..n).map(|_| rng.random()).collect()),
-    };
-    Tensor::new(shape, data).unwrap()
-}
 
 fn push(m: &mut Module, name: &str, operands: &[Value]) -> Value {
     let operands = operands.iter().copied().map(Some);

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 mod attention;
+mod conv;
 mod dense;
 mod gather;
 mod harness;
@@ -11,6 +12,7 @@ mod models;
 mod movement;
 mod packed;
 mod pointwise;
+mod pool;
 mod range;
 mod reduce;
 mod rotary;

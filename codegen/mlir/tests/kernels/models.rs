@@ -7,9 +7,9 @@ use codegen::target::Arch;
 use codegen::{CompileError, Compiler, Native, Request, Target, artifact};
 use dialects::exec::{Executor, run_once};
 use dialects::ir::interp::Interpreter;
-use dialects::ir::{Attr, ConstData, Module, OpBuilder, Type, Value, infer, parse::parse};
+use dialects::ir::{Attr, ConstData, Elem, Module, OpBuilder, Type, Value, infer, parse::parse};
 use dialects::ops::{Item, Ops};
-use dialects::tensor::Tensor;
+use dialects::tensor::{Data, Tensor};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
@@ -55,6 +55,16 @@ pub fn inputs(m: &Module, dims: &[(&str, usize)], rng: &mut impl Rng) -> Vec<(Va
         (v, t.unwrap().into())
     })
     .collect()
+}
+
+/// Random codes of 8 bits.
+pub fn codes(elem: Elem, shape: &[usize], rng: &mut impl Rng) -> Tensor {
+    let n = shape.iter().product();
+    let data: Data = match elem {
+        Elem::I8 => Data::I8((0..n).map(|_| rng.random()).collect()),
+        _ => Data::U8((0..n).map(|_| rng.random()).collect()),
+    };
+    Tensor::new(shape, data).unwrap()
 }
 
 fn close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {

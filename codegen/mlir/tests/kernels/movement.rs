@@ -96,6 +96,24 @@ graph @main(%x : tensor<b x s x 5x{elem}>, %y : tensor<b x 1x1x{elem}>) {{
 }
 
 #[test]
+fn every_second_element() {
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<b x 5x9xf32>) {
+  const %from : tensor<2xi64> [1, 0]
+  const %to : tensor<2xi64> [9223372036854775807, 8]
+  const %axes : tensor<2xi64> [1, 2]
+  const %two : tensor<2xi64> [3, 2]
+  %y = onnx.Slice(%x, %from, %to, %axes, %two)
+  %z = onnx.Transpose(%y) {perm=[0, 2, 1]}
+  return %y, %z
+}
+",
+    );
+    check(&m, &[&[("b", 1)], &[("b", 3)], &[("b", 0)]], 2, 0.0);
+}
+
+#[test]
 fn a_slice_whose_length_depends_on_more_than_sizes_is_left() {
     // From the third to the last: of a dim of one element nothing is left, and no sum of products says so.
     let m = model(
