@@ -510,7 +510,7 @@ impl<'t> Body<'t> {
         carried: &[Val],
         body: impl FnOnce(&mut Self, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
-        let attribute = " {llvm.loop_annotation = #llvm.loop_annotation<unroll = <disable = true>>}";
+        let attribute = " {loop_annotation = #llvm.loop_annotation<unroll = <disable = true>>}";
         self.loop_with(attribute, from, to, step, carried, body)
     }
 

@@ -94,7 +94,7 @@ impl Team {
     /// Calls `run(from, to)` for parts of `0..units`, of which each takes `work`, in nanoseconds or so.
     pub fn divide(&self, units: usize, work: u64, run: impl Fn(usize, usize) + Sync) {
         let all = work.saturating_mul(units as u64);
-        let parts = (all / GRAIN).min(4 * self.threads as u64).min(units as u64) as usize;
+        let parts = (all / GRAIN).min(16 * self.threads as u64).min(units as u64) as usize;
         if self.threads == 1 || parts < 2 || all < SHORT || !self.gather(all) {
             return run(0, units);
         }

@@ -39,8 +39,8 @@ pub(super) enum Rows {
     Digits,
 }
 
-/// The largest number of three digits whose negative is one, too.
-const DIGITS: f64 = 8_355_711.0;
+/// The largest of a group as a number of three digits. The largest such number, 0x7f7f7f, is 8,355,711: scaling rounds.
+const DIGITS: f64 = 8_355_700.0;
 
 impl Rows {
     pub(super) fn elem(self) -> Scalar {
