@@ -115,6 +115,7 @@ const ANCHORS: &[(&str, Anchor)] = &[
     ("onnx.AveragePool", REDUCE),
     ("onnx.AveragePool", POOL),
     ("onnx.Concat", COPY),
+    ("onnx.ConstantOfShape", COPY),
     ("onnx.Conv", CONV),
     ("onnx.ConvInteger", CONV),
     ("onnx.DequantizeLinear", QUANTIZE),

@@ -1,13 +1,16 @@
 //! Before fusion: ops that are written as others, which have kernels, or join those of others.
 //!
+//! - Operators on codes (QLinearAdd, QGemm) are float ops between DequantizeLinear and QuantizeLinear, which join other kernels.
 //! - BatchNormalization with constant statistics is a factor and a term for each channel.
 //! - A constant behind DequantizeLinear is a constant, but where a product of integers reads its codes.
 //! - An op that only moves or picks values, between codes of one scale, moves the codes.
 
+mod operators;
+
 use crate::fuse::reader;
 use crate::kernels::coded::Coded;
 use crate::kernels::{conv, integer, pointwise};
-use dialects::ir::{Module, Op, OpBuilder, Use, Uses, Value, ValueDef};
+use dialects::ir::{Elem, Module, Op, OpBuilder, Use, Uses, Value, ValueDef};
 use dialects::tensor::Tensor;
 use std::collections::HashSet;
 
@@ -25,15 +28,24 @@ const MOVES: &[&str] = &[
 
 /// Rewrites the top region of `m`. Values stay what they are, but for rounding; those of `keep` stay.
 pub fn simplify(m: &mut Module, keep: &HashSet<Value>) {
+    for op in m.regions[m.top].ops.clone() {
+        operators::spell_out(m, op);
+    }
     let ops = m.regions[m.top].ops.clone();
     for &op in &ops {
         if m.ops[op].is("onnx.BatchNormalization") {
             normalization(m, op);
         }
     }
-    let uses = m.uses();
-    for &op in &ops {
-        fold(m, &uses, keep, op);
+    // Biases first: a product of integers is one by its bias too.
+    for biases in [true, false] {
+        let uses = m.uses();
+        for &op in &ops {
+            let codes = m.ops[op].operand(0).and_then(|v| m.ty(v).elem());
+            if (codes == Some(Elem::I32)) == biases {
+                fold(m, &uses, keep, op);
+            }
+        }
     }
     for &op in &ops {
         move_codes(m, keep, op);

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from common import TESTDATA, logits, qcc, session
+from common import TESTDATA, logits, qcc, session, shared
 
 EXAMPLE = TESTDATA.parents[1] / "examples" / "c" / "run.c"
 
@@ -39,6 +39,47 @@ def perceptron(path, width=64, hidden=200):
     ]
     value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
     graph = helper.make_graph(nodes, "perceptron", [value("x"), value("gate")], [value("y")], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def pictures(path):
+    """A network of convolutions: plain, by channel, with steps and a residual connection; pools, and a product at the end."""
+    rng = np.random.default_rng(6)
+    number = lambda shape, name, fan: numpy_helper.from_array(
+        (rng.standard_normal(shape) / fan**0.5).astype(np.float32), name
+    )
+    constants = [
+        number((12, 3, 3, 3), "w1", 9),
+        number((12,), "b1", 4),
+        number((12, 1, 3, 3), "w2", 9),
+        number((12, 12, 1, 1), "w3", 12),
+        number((10, 12, 3, 3), "w4", 60),
+        number((10, 5), "w5", 10),
+        number((5,), "b5", 4),
+        number((12,), "scale", 1),
+        number((12,), "shift", 1),
+        number((12,), "mean", 1),
+        numpy_helper.from_array(rng.uniform(0.5, 2, 12).astype(np.float32), "variance"),
+    ]
+    around = {"pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["c1"], name="plain", **around),
+        helper.make_node("BatchNormalization", ["c1", "scale", "shift", "mean", "variance"], ["n1"]),
+        helper.make_node("Relu", ["n1"], ["r1"]),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], name="by channel", group=12, **around),
+        helper.make_node("Conv", ["c2", "w3"], ["c3"], name="one cell"),
+        helper.make_node("Add", ["c3", "r1"], ["a3"]),
+        helper.make_node("Relu", ["a3"], ["r3"]),
+        helper.make_node("MaxPool", ["r3"], ["p3"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Conv", ["p3", "w4"], ["c4"], name="steps", strides=[2, 2], **around),
+        helper.make_node("Relu", ["c4"], ["r4"]),
+        helper.make_node("AveragePool", ["r4"], ["p4"], kernel_shape=[2, 2], **around),
+        helper.make_node("GlobalAveragePool", ["p4"], ["g4"]),
+        helper.make_node("Flatten", ["g4"], ["f4"]),
+        helper.make_node("Gemm", ["f4", "w5", "b5"], ["y"]),
+    ]
+    value = lambda name, *shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["images", *shape])
+    graph = helper.make_graph(nodes, "pictures", [value("x", 3, 19, 22)], [value("y", 5)], constants)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
 
 
@@ -224,6 +265,58 @@ class Build(unittest.TestCase):
         # A token that the vocabulary lacks is said, and nothing is read for it.
         feed["input_ids"] = np.full_like(feed["input_ids"], 1 << 40)
         self.assertNotEqual(model.run({n: feed[n] for n in inputs})[1], 0)
+
+    def against(self, model, feeds, tolerance, *options):
+        """A library gives what ONNX Runtime gives, but for `tolerance` of the largest."""
+        library = self.folder / "vision.so"
+        qcc("build", model, "-o", library, *options)
+        ours, theirs = Library(library), session(model)
+        for feed in feeds:
+            out, code = ours.run(feed)
+            self.assertEqual(code, 0)
+            for expected, found in zip(theirs.run(None, feed), out.values()):
+                self.assertLess(abs(found - expected).max(), tolerance * abs(expected).max(), len(expected))
+
+    def test_convolutions_of_floats(self):
+        pictures(self.folder / "pictures.onnx")
+        rng = np.random.default_rng(1)
+        feeds = [{"x": rng.standard_normal((n, 3, 19, 22)).astype(np.float32)} for n in (1, 4)]
+        self.against(self.folder / "pictures.onnx", feeds, 1e-5, "--max", "images=4")
+
+    def test_convolutions_of_codes(self):
+        """A code near the middle of two may be the other one: a step of the last activation is seen in the result."""
+        pictures(self.folder / "pictures.onnx")
+        rng = np.random.default_rng(2)
+        data = rng.standard_normal((64, 3, 19, 22)).astype(np.float32)
+        np.savez(self.folder / "data.npz", x=data)
+        passes = "rtn{bits=8, group=-1, symmetric=true, narrow=true},reduce-range,calibrate"
+        quantized = self.folder / "quantized.onnx"
+        for form in ("pack-qdq", "pack-operators"):
+            how = [f"{passes},insert-fake-quant{{min_size=0}},{form}", "--calib", self.folder / "data.npz"]
+            qcc(self.folder / "pictures.onnx", "--pass", *how, "-o", quantized)
+            kinds = {n.op_type for n in onnx.load(quantized).graph.node}
+            self.assertIn("QLinearConv" if form == "pack-operators" else "QuantizeLinear", kinds)
+            feeds = [{"x": data[:1]}, {"x": data[1:4]}]
+            self.against(quantized, feeds, 2e-2, "--max", "images=4")
+            mlir = qcc("build", quantized, "--emit", "mlir", "--max", "images=4")
+            self.assertIn("conv_int16", mlir)
+            self.assertNotIn("conv_f32", mlir)
+
+    def test_networks_that_see(self):
+        for name, port, size in (("mnist", "input.1", (1, 28, 28)), ("resnet20", "input", (3, 32, 32))):
+            model = shared(f"{name}/{name}.onnx")
+            rng = np.random.default_rng(3)
+            # Pictures of blocks in random colours.
+            images = rng.standard_normal((24, size[0], 5, 5)).repeat(7, 2).repeat(7, 3)[..., : size[1], : size[2]]
+            images = (images + 0.2 * rng.standard_normal(images.shape)).astype(np.float32)
+            feeds = [{port: images[i : i + 1]} for i in range(4)]
+            if name == "resnet20":
+                feeds.append({port: images[4:7]})
+            self.against(model, feeds, 1e-5, "--max-batch", "3")
+            np.savez(self.folder / "images.npz", **{port: images})
+            quantized = self.folder / f"{name}.q.onnx"
+            qcc(model, "--preset", "static-int8", "--calib", self.folder / "images.npz", "-o", quantized)
+            self.against(quantized, feeds, 2e-2, "--max-batch", "3")
 
     def test_what_has_no_kernel_is_refused_by_name(self):
         value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 4])

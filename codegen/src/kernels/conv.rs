@@ -209,6 +209,18 @@ impl Form {
         self.depth * self.taps.len()
     }
 
+    /// Whether the steps of a plane are written out one by one. Those of integers are not: LLVM adds them up in another order, in
+    /// which registers do not suffice.
+    fn unrolled(&self) -> bool {
+        self.taps.len() <= TAPS && self.cell.elem() == Scalar::F32
+    }
+
+    /// How many bytes from the first element of a window each step is.
+    fn offsets(&self) -> Vec<u64> {
+        let plane = |i: usize| self.taps.iter().map(move |t| 4 * (i * self.planes.plane + t) as u64);
+        (0..self.depth).flat_map(plane).collect()
+    }
+
     /// The weights in the order of their use: `write(filter, plane, tap, bytes)` writes one, of 4 bytes.
     fn pack(&self, write: impl Fn(usize, usize, usize, &mut [u8])) -> Vec<u8> {
         let mut out = vec![0u8; self.groups * self.tiles * self.steps() * self.tile * 4];
@@ -328,10 +340,10 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
             out
         }
     };
-    // Cells of a window are counted in bytes, as addresses are.
-    let taps = bytes(&form.taps, |t| (4 * t as u64).to_le_bytes());
+    let steps = if form.unrolled() { Vec::new() } else { form.offsets() };
+    let steps = bytes(&steps, u64::to_le_bytes);
     let mut buffers = vec![x];
-    let own = [Some(packed), Some(start), Some(taps)].into_iter();
+    let own = [Some(packed), Some(start), Some(steps)].into_iter();
     let ends = [&factors, &terms].map(|list| list.as_ref().map(|list| bytes(list, f32::to_le_bytes)));
     for bytes in own.chain(ends).flatten() {
         buffers.push(Buffer::Blob(lowered.blobs.len()));
@@ -388,12 +400,12 @@ const FACTORS: usize = 4;
 /// What is made of the sums of a vector of positions of a channel: the lanes of each result.
 type Finish<'f> = dyn Fn(&mut Body, &Args, (Spot, Val), Val) -> Vec<Val> + 'f;
 
-/// The product. Buffers: planes, weights, what sums start from, cells of a window, factors and terms if there are some, results
+/// The product. Buffers: planes, weights, what sums start from, where steps are, factors and terms if there are some, results
 /// from `first` on, and what `finish` reads. A unit is some rows of positions of a tile of filters.
 fn multiply(target: &Target, form: &Form, first: usize, results: usize, finish: &Finish) -> Kernel {
     let name = if form.cell.elem() == Scalar::F32 { "conv_f32" } else { "conv_int16" };
     Kernel::new(target, name, |b, a| {
-        let [x, w, start, taps] = [0, 1, 2, 3].map(|i| a.buffer(b, i));
+        let [x, w, start, steps] = [0, 1, 2, 3].map(|i| a.buffer(b, i));
         let y: Vec<Val> = (0..results).map(|i| a.buffer(b, first + i)).collect();
         b.each(a.begin, a.end, 1, |b, unit| {
             let (blocks, tiles) = (b.size(form.blocks), b.size(form.tiles));
@@ -420,7 +432,7 @@ fn multiply(target: &Target, form: &Form, first: usize, results: usize, finish: 
             let to = b.min(to, height);
             let some = |b: &mut Body, filters: usize| {
                 form.planes.vectors(b, from, to, form.wide, |b, places| {
-                    let sums = form.sums(b, [x, w, start, taps], filters, places);
+                    let sums = form.sums(b, [x, w, start, steps], filters, places);
                     for (i, sum) in sums.into_iter().enumerate() {
                         let (place, filter) = (places[i % places.len()], b.size(i / places.len()));
                         let (row, channel) = (b.add(row, filter), b.add(own, filter));
@@ -450,7 +462,7 @@ fn multiply(target: &Target, form: &Form, first: usize, results: usize, finish: 
 impl Form {
     /// The sums of some filters for each of these vectors of positions, filter by filter.
     fn sums(&self, b: &mut Body, buffers: [Val; 4], filters: usize, places: &[Place]) -> Vec<Val> {
-        let [x, w, start, taps] = buffers;
+        let [x, w, start, steps] = buffers;
         let ty = vector(self.planes.lanes, self.cell.elem());
         let mut sums = Vec::new();
         for i in 0..filters {
@@ -460,33 +472,34 @@ impl Form {
             sums.extend(std::iter::repeat_n(start, places.len()));
         }
         let x: Vec<Val> = places.iter().map(|p| b.element(x, p.at, Scalar::F32)).collect();
-        let (none, planes) = (b.size(0), b.size(self.depth));
-        b.repeat(none, planes, 1, &sums, |b, plane, sums| {
-            let (step, line) = (b.size(self.planes.plane * 4), b.size(self.taps.len() * self.tile * 4));
-            let (image, line) = (b.mul(plane, step), b.mul(plane, line));
-            let x: Vec<Val> = x.iter().map(|&x| b.at(x, image)).collect();
-            let w = b.at(w, line);
-            let mut sums = sums.to_vec();
-            if self.taps.len() <= TAPS {
-                for (i, &tap) in self.taps.iter().enumerate() {
-                    let x: Vec<Val> = x.iter().map(|&x| b.at_const(x, tap * 4)).collect();
-                    let w = b.at_const(w, i * self.tile * 4);
-                    self.step(b, &x, w, &mut sums);
-                }
-                return sums;
-            }
-            let count = b.size(self.taps.len());
-            b.repeat(none, count, 1, &sums, |b, i, sums| {
-                let p = b.element(taps, i, Scalar::I64);
-                let tap = b.load(p, scalar(Scalar::I64));
-                let x: Vec<Val> = x.iter().map(|&x| b.at(x, tap)).collect();
+        let none = b.size(0);
+        if !self.unrolled() {
+            let count = b.size(self.steps());
+            return b.rolled(none, count, 1, &sums, |b, i, sums| {
+                let p = b.element(steps, i, Scalar::I64);
+                let step = b.load(p, scalar(Scalar::I64));
+                let x: Vec<Val> = x.iter().map(|&x| b.at(x, step)).collect();
                 let bytes = b.size(self.tile * 4);
                 let at = b.mul(i, bytes);
                 let w = b.at(w, at);
                 let mut sums = sums.to_vec();
                 self.step(b, &x, w, &mut sums);
                 sums
-            })
+            });
+        }
+        let planes = b.size(self.depth);
+        b.repeat(none, planes, 1, &sums, |b, plane, sums| {
+            let (step, line) = (b.size(self.planes.plane * 4), b.size(self.taps.len() * self.tile * 4));
+            let (image, line) = (b.mul(plane, step), b.mul(plane, line));
+            let x: Vec<Val> = x.iter().map(|&x| b.at(x, image)).collect();
+            let w = b.at(w, line);
+            let mut sums = sums.to_vec();
+            for (i, &tap) in self.taps.iter().enumerate() {
+                let x: Vec<Val> = x.iter().map(|&x| b.at_const(x, tap * 4)).collect();
+                let w = b.at_const(w, i * self.tile * 4);
+                self.step(b, &x, w, &mut sums);
+            }
+            sums
         })
     }
 

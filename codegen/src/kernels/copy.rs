@@ -1,4 +1,4 @@
-//! Movement of elements: Transpose, Expand, Slice, Concat, Split, Pad, as copies from one layout to another.
+//! Movement of elements: Transpose, Expand, Slice, Concat, Split, Pad, ConstantOfShape, as copies from one layout to another.
 //!
 //! One copy is a nest of loops, its sizes and steps given at run time; the text knows only how many loops there are, how
 //! wide an element is, and how the innermost loop steps. The outer loops are counted by units of work.
@@ -26,6 +26,7 @@ pub fn supports(m: &Module, op: Op) -> bool {
     let operand = |i: usize| data.operand(i).is_some_and(moved);
     match data.name.as_str() {
         "onnx.Concat" => results && (0..data.operands.len()).all(operand) && axis(m, op).is_some(),
+        "onnx.ConstantOfShape" => results && filling(m, op).is_some(),
         "onnx.Pad" => results && operand(0) && padding(m, op).is_some(),
         "onnx.Split" => {
             results && operand(0) && axis(m, op).is_some() && data.results.iter().all(Option::is_some)
@@ -40,7 +41,11 @@ pub fn supports(m: &Module, op: Op) -> bool {
 /// The views that operands are read through.
 pub fn views(m: &Module, op: Op) -> Vec<View> {
     let data = &m.ops[op];
-    let count = if data.is("onnx.Concat") { data.operands.len() } else { 1 };
+    let count = match data.name.as_str() {
+        "onnx.Concat" => data.operands.len(),
+        "onnx.ConstantOfShape" => 0,
+        _ => 1,
+    };
     (0..count).filter_map(|i| layout::view(m, data.operand(i)?)).collect()
 }
 
@@ -88,12 +93,26 @@ fn padding(m: &Module, op: Op) -> Option<(Option<Value>, Vec<(usize, Size)>)> {
     Some((value, begin))
 }
 
+/// The bytes of what ConstantOfShape gives.
+fn filling(m: &Module, op: Op) -> Option<Vec<u8>> {
+    let data = &m.ops[op];
+    match data.attrs.tensor("value") {
+        Some(c) => {
+            let t = Tensor::from_const(&m.consts[c]).ok()?;
+            (t.len() == 1).then(|| memory::bytes(&t).map(<[u8]>::to_vec))?
+        }
+        None => data.attrs.get("value").is_none().then(|| 0f32.to_le_bytes().to_vec()),
+    }
+}
+
 /// What is copied.
 enum Source {
     /// Elements of a value.
     Value(Value, Layout),
-    /// Zero, or a value of one element.
-    Filling(Option<Value>),
+    /// A value of one element.
+    Filling(Value),
+    /// The bytes of an element.
+    Number(Vec<u8>),
 }
 
 /// The copies: for each, what is read and how, and the result that is written and how.
@@ -119,9 +138,14 @@ fn copies(fused: &Fused) -> Option<Vec<(Source, usize, Layout)>> {
             }
             (start == results[0].extent(axis)).then_some(out)
         }
+        "onnx.ConstantOfShape" => {
+            Some(vec![(Source::Number(filling(m, op)?), 0, results.into_iter().next()?)])
+        }
         "onnx.Pad" => {
             let View { root, layout: from, .. } = layout::view(m, data.operand(0)?)?;
             let (value, begin) = padding(m, op)?;
+            let width = memory::size(m.ty(root).elem()?)? as usize;
+            let around = || value.map_or_else(|| Source::Number(vec![0; width]), Source::Filling);
             let mut inner = results.into_iter().next()?;
             let mut out = Vec::new();
             // Around the dims before, what is left of this one: all of it before and behind the operand.
@@ -131,7 +155,7 @@ fn copies(fused: &Fused) -> Option<Vec<(Source, usize, Layout)>> {
                 let behind = inner.extent(axis).minus(&end)?;
                 for (start, length) in [(Size::Known(0), before.clone()), (end, behind)] {
                     if length != Size::Known(0) {
-                        out.push((Source::Filling(value), 0, part(&inner, axis, &start, &length)?));
+                        out.push((around(), 0, part(&inner, axis, &start, &length)?));
                     }
                 }
                 inner = part(&inner, axis, &before, &length)?;
@@ -166,20 +190,19 @@ fn part(of: &Layout, axis: usize, start: &Size, length: &Size) -> Option<Layout>
 /// One kernel for each value that is read or written. Buffers: what is read, what is written.
 pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     let mut lowered = Lowered::default();
+    // One element again and again.
+    let one = |to: &Layout| {
+        let shape: Vec<Size> = (0..to.dims.len()).map(|i| to.extent(i)).collect();
+        Layout::contiguous(&[]).expanded(&shape)
+    };
     for (source, result, to) in copies(fused)? {
         let width = memory::size(fused.module.ty(fused.results()[result]).elem()?)? as usize;
         let (buffer, from) = match source {
             Source::Value(root, from) => (fused.buffer(root, &mut lowered.blobs)?, from),
-            Source::Filling(value) => {
-                let shape: Vec<Size> = (0..to.dims.len()).map(|i| to.extent(i)).collect();
-                let buffer = match value {
-                    Some(v) => fused.buffer(v, &mut lowered.blobs)?,
-                    None => {
-                        lowered.blobs.push(Blob { bytes: vec![0; width].into() });
-                        Buffer::Blob(lowered.blobs.len() - 1)
-                    }
-                };
-                (buffer, Layout::contiguous(&[]).expanded(&shape)?)
+            Source::Filling(value) => (fused.buffer(value, &mut lowered.blobs)?, one(&to)?),
+            Source::Number(bytes) => {
+                lowered.blobs.push(Blob { bytes: bytes.into() });
+                (Buffer::Blob(lowered.blobs.len() - 1), one(&to)?)
             }
         };
         let step = step(target, width, (buffer, &from), (Buffer::Result(result), &to))?;

@@ -129,8 +129,8 @@ fn eval_slice(cx: &EvalCx) -> Evaluated {
     cx.one(sliced(t.shape(), &cuts)?.read(t)?)
 }
 
-/// Exporters write 2^31 - 1 or more for "to the end".
-const FAR: i64 = i32::MAX as i64;
+/// Exporters write 2^31 - 1 or more for "to the end", tf2onnx 10^9.
+const FAR: i64 = 1_000_000_000;
 
 /// Where a slice in steps of one begins, and how long it is; `None` where that depends on more than is known.
 pub fn cut(size: &Dim, start: &Dim, end: &Dim) -> Option<(Dim, Dim)> {

@@ -107,7 +107,7 @@ fn products_of_packed_weights() {
         (51, 70, 300),
         (100, 33, 600),
     ];
-    for target in targets().into_iter().chain(emulated(&["avx512-vnni", "aarch64-i8mm"])) {
+    for target in targets().into_iter().chain(emulated(&["avx512-vnni", "sapphire-rapids", "aarch64-i8mm"])) {
         let mut cases = Vec::new();
         for bits in [2, 4, 8] {
             for (i, (group, zeros, half_scales, int8)) in [

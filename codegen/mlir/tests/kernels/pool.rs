@@ -87,6 +87,25 @@ graph @main(%x : tensor<b x 4x s x 3xf32>) {{
 }
 
 #[test]
+fn one_number_in_every_place() {
+    let m = model(
+        "module ir_version=10 opsets {onnx=21}
+graph @main(%x : tensor<b x s xf32>) {
+  const %none : tensor<0xi64> []
+  %shape = onnx.Shape(%x)
+  %f = onnx.ConstantOfShape(%shape)
+  %y = onnx.Add(%f, %x)
+  %t = onnx.ConstantOfShape(%none) {value=tensor<1xbool> [true]}
+  %n = onnx.Not(%t)
+  %i = onnx.ConstantOfShape(%shape) {value=tensor<1xi32> [-7]}
+  return %y, %n, %i, %f
+}
+",
+    );
+    check(&m, &[&[("b", 1), ("s", 1)], &[("b", 3), ("s", 9)], &[("b", 2), ("s", 0)]], 4, 0.0);
+}
+
+#[test]
 fn pools_that_no_kernel_does() {
     for (op, size) in [("MaxPool", "b x 2x s"), ("AveragePool", "b x 2x s"), ("MaxPool", "b x 2x5x5x5")] {
         let ones = if size.ends_with('s') { "2" } else { "2, 2, 2" };
