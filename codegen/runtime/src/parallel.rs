@@ -210,7 +210,9 @@ mod tests {
                     let units = job % 37;
                     let counts: Vec<AtomicUsize> = (0..units).map(|_| AtomicUsize::new(0)).collect();
                     team.divide(units, 1 << 16, |from, to| {
-                        counts[from..to].iter().for_each(|c| drop(c.fetch_add(1, Ordering::Relaxed)));
+                        for c in &counts[from..to] {
+                            c.fetch_add(1, Ordering::Relaxed);
+                        }
                     });
                     assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "job {job}");
                     if job % 100 == 0 {
