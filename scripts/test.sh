@@ -3,8 +3,8 @@
 #
 # Needs Rust (rustup honours rust-toolchain.toml), a C compiler, and Python 3.11 or newer with venv; the Python packages that
 # the interop tests need go into .venv, pinned by tests/requirements.txt. LLVM and MLIR 22 are installed with apt where they
-# are missing. QCC_MODELS names a folder of further models;
-# without it the tests that need them are skipped, and say so.
+# are missing, and QEMU with a C compiler for aarch64, without which one test is skipped. QCC_MODELS names a folder of further
+# models; without it the tests that need them are skipped, and say so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,8 +45,19 @@ llvm() {
       libmlir-22-dev llvm-22-dev libclang-22-dev libpolly-22-dev zlib1g-dev libzstd-dev g++ >/dev/null
 }
 
+# Libraries for other processors are run under an emulator; without it their test is skipped.
+emulators() {
+  command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null && return
+  local as_root=()
+  ((EUID == 0)) || as_root=(sudo)
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross >/dev/null ||
+    echo "skipped: processors under an emulator"
+}
+
 step "python packages" python_packages
 step "LLVM and MLIR" llvm
+step "emulators of other processors" emulators
 step "formatting" cargo fmt --all --check
 step "lints" cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
 step "the build without LLVM" cargo check --quiet

@@ -3,6 +3,7 @@
 use crate::driver::{self, ID};
 use crate::plan::{self, Plan, Port};
 use crate::size::{Atom, Size};
+use crate::target::Arch;
 use crate::{CompileError, Compiler, Form, Request, Target, build, link};
 use dialects::ir::Elem;
 use object::write::{Object, Symbol, SymbolSection};
@@ -23,6 +24,8 @@ pub struct Artifact {
     pub header: String,
     /// The description.
     pub about: About,
+    /// Bytes of the objects of each version, in the order of the plan.
+    pub code: Vec<u64>,
 }
 
 /// Weights in one piece, each blob at its place, behind their hash.
@@ -61,11 +64,15 @@ fn port(p: &Port) -> runtime::Port {
 }
 
 /// The description of a plan.
-fn about(plan: &Plan, target: &Target, id: &[u8; ID], weights_file: Option<String>) -> About {
+fn about(plan: &Plan, arch: Arch, id: &[u8; ID], weights_file: Option<String>) -> About {
+    let version = |v: &plan::Version| runtime::Version {
+        target: v.target.name.clone(),
+        features: v.target.machine().features.clone(),
+    };
     About {
         version: runtime::VERSION,
-        arch: target.arch,
-        features: target.features.clone(),
+        arch,
+        versions: plan.versions.iter().map(version).collect(),
         dims: plan.dims.clone(),
         inputs: plan.inputs.iter().map(port).collect(),
         outputs: plan.outputs.iter().map(port).collect(),
@@ -80,19 +87,28 @@ fn about(plan: &Plan, target: &Target, id: &[u8; ID], weights_file: Option<Strin
 /// lie beside the library, or `None` to put them inside.
 pub fn build(
     plan: &Plan,
-    target: &Target,
     compiler: &dyn Compiler,
     scratch: &Path,
     weights_file: Option<String>,
 ) -> Result<Artifact, CompileError> {
+    // What is not a kernel runs on any processor.
+    let target = &plan.versions.first().expect("a plan has a version").target.baseline();
     let (bytes, id) = weights(plan);
-    let about = about(plan, target, &id, weights_file.clone());
+    let about = about(plan, target.arch, &id, weights_file.clone());
     let text = serde_json::to_string(&about).expect("plain data");
     let failed = |path: &Path, e: std::io::Error| {
         CompileError::Missing(format!("cannot write {}: {e}", path.display()))
     };
-    let kernels: Vec<_> = plan.kernels.iter().collect();
-    let mut objects = build::objects(&kernels, target, compiler, scratch)?;
+    let (mut objects, mut code) = (Vec::new(), Vec::new());
+    for version in &plan.versions {
+        let folder = scratch.join(version.target.symbol());
+        std::fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
+        let kernels: Vec<_> = version.kernels.iter().collect();
+        let own = build::objects(&kernels, &version.target, compiler, &folder)?;
+        let size = |p: &PathBuf| std::fs::metadata(p).map(|m| m.len()).map_err(|e| failed(p, e));
+        code.push(own.iter().map(size).sum::<Result<u64, _>>()?);
+        objects.extend(own);
+    }
     let mlir = driver::module(plan, target, &id, &text);
     let driver = compiler.compile(&Request { mlir, target: target.clone(), form: Form::Object })?;
     let path = scratch.join("driver.o");
@@ -106,14 +122,14 @@ pub fn build(
     let library = scratch.join("model.so");
     link::shared_library(&objects, &library, target)?;
     let header = crate::header::header(&about);
-    Ok(Artifact { library, weights: weights_file.map(|_| bytes), header, about })
+    Ok(Artifact { library, weights: weights_file.map(|_| bytes), header, about, code })
 }
 
 /// An object that holds `bytes` as the symbol `qcc_weights`.
 fn data_object(bytes: &[u8], target: &Target) -> Result<Vec<u8>, CompileError> {
     let arch = match target.arch {
-        crate::target::Arch::X86_64 => Architecture::X86_64,
-        crate::target::Arch::Aarch64 => Architecture::Aarch64,
+        Arch::X86_64 => Architecture::X86_64,
+        Arch::Aarch64 => Architecture::Aarch64,
     };
     let mut object = Object::new(BinaryFormat::Elf, arch, Endianness::Little);
     let section = object.section_id(object::write::StandardSection::ReadOnlyData);

@@ -19,7 +19,7 @@ pub fn library(
     Ok(names.into_iter().map(str::to_owned).collect())
 }
 
-/// Objects of `kernels` in `scratch`.
+/// Objects of `kernels` in the folder `scratch`.
 pub fn objects(
     kernels: &[&Kernel],
     target: &Target,

@@ -6,10 +6,12 @@
 //! ```
 //!
 //! It returns 0; or 1 + i where dim i is negative or beyond its bound; or -1 where the weights are those of another build:
-//! nothing is written then. Or -2 where an index in the inputs is out of range, -3 where a length in them is not the one that
+//! nothing is written then, nor with -100, where the processor runs none of the versions ([`version`]). Or -2 where an index in the inputs is out of range, -3 where a length in them is not the one that
 //! the model declares ([`runtime::Fault`]): nothing outside of any buffer was touched, but the outputs are worthless. `parallel` may be null: all units of a kernel are then done by the caller's thread.
 
-use crate::plan::{Place, Plan};
+mod version;
+
+use crate::plan::{Place, Plan, Version};
 use crate::size::{Atom, Size};
 use crate::target::Target;
 use crate::text::{Body, Cmp, Scalar, Val, scalar};
@@ -18,10 +20,10 @@ use std::collections::HashMap;
 /// Bytes at the start of the weights that say which build they are of.
 pub const ID: usize = 32;
 
-/// The function as a module, with the text `about` as the symbol `qcc_model`.
+/// The function as a module, with the text `about` as the symbol `qcc_model`. Every processor of the architecture can run it.
 pub fn module(plan: &Plan, target: &Target, id: &[u8; ID], about: &str) -> String {
     let mut out = String::from("module {\n");
-    for k in &plan.kernels {
+    for k in plan.versions.iter().flat_map(|v| &v.kernels) {
         out.push_str(&format!("llvm.func @{}(!llvm.ptr, !llvm.ptr, i64, i64)\n", k.name));
     }
     let text: String = about.bytes().map(|b| format!("\\{b:02X}")).collect();
@@ -29,15 +31,45 @@ pub fn module(plan: &Plan, target: &Target, id: &[u8; ID], about: &str) -> Strin
         "llvm.mlir.global constant @qcc_model(\"{text}\\00\") {{addr_space = 0 : i32}} : !llvm.array<{} x i8>\n",
         about.len() + 1
     ));
+    out.push_str(&version::function(&plan.versions));
     let params = [Scalar::Ptr; 7].map(scalar);
+    for v in &plan.versions {
+        out.push_str(&Body::returning(target, &name(v), &params, scalar(Scalar::I32), |b, p| {
+            run(b, plan, v, id, p)
+        }));
+    }
     out.push_str(&Body::returning(target, "qcc_run", &params, scalar(Scalar::I32), |b, p| {
-        run(b, plan, id, p)
+        choose(b, &plan.versions, p)
     }));
     out.push_str("}\n");
     out
 }
 
-fn run(b: &mut Body, plan: &Plan, id: &[u8; ID], p: &[Val]) -> Val {
+/// The function that runs one version.
+fn name(version: &Version) -> String {
+    format!("qcc_run_{}", version.target.symbol())
+}
+
+/// The version that this processor runs, run.
+fn choose(b: &mut Body, versions: &[Version], p: &[Val]) -> Val {
+    let code = b.room(1);
+    let number = b.op(scalar(Scalar::I32), "llvm.call @qcc_version() : () -> i32");
+    b.store(number, code);
+    let args = p.iter().map(Val::to_string).collect::<Vec<_>>().join(", ");
+    let types = vec!["!llvm.ptr"; p.len()].join(", ");
+    for (i, v) in versions.iter().enumerate() {
+        let i = b.int(Scalar::I32, i as i64);
+        let this = b.cmp(Cmp::Eq, number, i);
+        b.when(this, |b| {
+            let call = format!("llvm.call @{}({args}) : ({types}) -> i32", name(v));
+            let found = b.op(scalar(Scalar::I32), call);
+            b.store(found, code);
+        });
+    }
+    b.load(code, scalar(Scalar::I32))
+}
+
+fn run(b: &mut Body, plan: &Plan, version: &Version, id: &[u8; ID], p: &[Val]) -> Val {
     let &[dims, inputs, outputs, arena, weights, parallel, context] = p else {
         unreachable!("seven parameters")
     };
@@ -63,8 +95,8 @@ fn run(b: &mut Body, plan: &Plan, id: &[u8; ID], p: &[Val]) -> Val {
         code = b.select(high, bad, code);
         sizes.insert(name.as_str(), size);
     }
-    let buffers = plan.steps.iter().map(|s| s.buffers.len()).max().unwrap_or(1).max(1);
-    let most = plan.steps.iter().map(|s| s.dims.len()).max().unwrap_or(1).max(1);
+    let buffers = version.steps.iter().map(|s| s.buffers.len()).max().unwrap_or(1).max(1);
+    let most = version.steps.iter().map(|s| s.dims.len()).max().unwrap_or(1).max(1);
     let (table, numbers, fault) = (b.room(buffers), b.room(most), b.room(1));
     let none = b.int(Scalar::I32, 0);
     b.store_shared(none, fault);
@@ -73,7 +105,7 @@ fn run(b: &mut Body, plan: &Plan, id: &[u8; ID], p: &[Val]) -> Val {
     let null = b.op(scalar(Scalar::Ptr), "llvm.mlir.zero : !llvm.ptr");
     let alone = b.op(scalar(Scalar::I1), format_args!("llvm.icmp \"eq\" {parallel}, {null} : !llvm.ptr"));
     b.when(fine, |b| {
-        for s in &plan.steps {
+        for s in &version.steps {
             for (i, place) in s.buffers.iter().enumerate() {
                 let ptr = match *place {
                     Place::Input(n) => {

@@ -30,7 +30,12 @@ pub fn header(about: &About) -> String {
     }
     let inputs: String = about.inputs.iter().enumerate().map(|(i, p)| line(p, i)).collect();
     let outputs: String = about.outputs.iter().enumerate().map(|(i, p)| line(p, i)).collect();
-    let features: Vec<String> = about.features.iter().map(|f| format!("{f:?}").to_lowercase()).collect();
+    let mut versions = String::new();
+    for (i, v) in about.versions.iter().enumerate() {
+        let features: Vec<String> = v.features.iter().map(|f| format!("{f:?}").to_lowercase()).collect();
+        let features = if features.is_empty() { "no extensions".to_owned() } else { features.join(", ") };
+        writeln!(versions, " *   [{i}] {}: {features}", v.target).expect("a String takes all");
+    }
     let weights = match &about.weights_file {
         Some(name) => format!(
             "the contents of the file {name}, mapped or read whole, at an address that is a multiple of 64"
@@ -39,8 +44,8 @@ pub fn header(about: &About) -> String {
     };
     write!(
         out,
-        "/* A model compiled by qcc, for {arch:?} with: {features}.
- *
+        "/* A model compiled by qcc, for {arch:?}. Its versions, of which a processor runs the last one that it has all features for:
+{versions} *
  * qcc_run computes the outputs from the inputs. All tensors are contiguous and row-major; buffers are the caller's.
  *
  * dims: the named sizes of this run, in this order
@@ -54,8 +59,8 @@ pub fn header(about: &About) -> String {
  * parallel: how to run `kernel` for all units 0..units, in ranges, on any threads; null runs them on this one.
  *   It must return when all are done. `work` is roughly what a unit takes, in nanoseconds. `context` is passed through.
  *
- * Returns 0; or 1 + i where dims[i] is out of its bounds, or -1 where the weights are those of another build: then nothing
- * was written. Or -2 where an index in the inputs is out of range, -3 where a length in them is not the one that the model
+ * Returns 0; or 1 + i where dims[i] is out of its bounds, or -1 where the weights are those of another build, or QCC_NO_VERSION
+ * where this processor runs no version: then nothing was written. Or -2 where an index in the inputs is out of range, -3 where a length in them is not the one that the model
  * declares: no memory outside of the buffers was touched, but the outputs are worthless. The result does not depend on how
  * units are divided.
  */
@@ -68,6 +73,7 @@ pub fn header(about: &About) -> String {
 extern \"C\" {{
 #endif
 
+#define QCC_NO_VERSION ({none})
 #define QCC_ARENA_BYTES UINT64_C({arena})
 #define QCC_WEIGHTS_BYTES UINT64_C({bytes})
 
@@ -77,6 +83,9 @@ typedef void (*qcc_parallel)(void *context, qcc_kernel kernel, void *const *buff
 
 int32_t qcc_run(const int64_t *dims, const void *const *inputs, void *const *outputs, void *arena,
                 const void *weights, qcc_parallel parallel, void *context);
+
+/* The number of the version that qcc_run runs here, or QCC_NO_VERSION. */
+int32_t qcc_version(void);
 
 /* What this comment says, as JSON. */
 extern const char qcc_model[];
@@ -88,7 +97,7 @@ extern const char qcc_model[];
 #endif
 ",
         arch = about.arch,
-        features = if features.is_empty() { "no extensions".to_owned() } else { features.join(", ") },
+        none = runtime::NO_VERSION,
         arena = about.arena,
         bytes = about.weights,
         own = match about.weights_file {

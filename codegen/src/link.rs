@@ -8,15 +8,15 @@ use std::process::Command;
 /// Links `objects` into the shared library `out`. It depends on nothing but what every C program has loaded (`memcpy`,
 /// `memset`).
 pub fn shared_library(objects: &[PathBuf], out: &Path, target: &Target) -> Result<(), CompileError> {
-    let lld: &[&str] = match target.arch {
-        Arch::X86_64 => &["-m", "elf_x86_64"],
-        Arch::Aarch64 => &["-m", "aarch64linux"],
+    let (lld, cross): (&[&str], _) = match target.machine().arch {
+        Arch::X86_64 => (&["-m", "elf_x86_64"], "x86_64-linux-gnu-ld"),
+        Arch::Aarch64 => (&["-m", "aarch64linux"], "aarch64-linux-gnu-ld"),
     };
     let native = target.missing_here().is_some();
     // The system's own linkers know its own architecture only.
     let linkers: &[(&str, &[&str])] = match native {
         true => &[("cc", &["-nostdlib"]), ("ld", &[]), ("ld.lld-22", lld), ("ld.lld", lld)],
-        false => &[("ld.lld-22", lld), ("ld.lld", lld)],
+        false => &[("ld.lld-22", lld), ("ld.lld", lld), (cross, &[])],
     };
     for (linker, flags) in linkers {
         let run = Command::new(linker).args(*flags).arg("-shared").arg("-o").arg(out).args(objects).output();

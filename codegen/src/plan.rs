@@ -114,15 +114,27 @@ pub struct Plan {
     pub outputs: Vec<Port>,
     /// Named dims, each with its bound, sorted by name.
     pub dims: Vec<(String, u64)>,
+    /// The code for each target, the one that asks for most last.
+    pub versions: Vec<Version>,
+    /// Bytes of the arena that every version can do with.
+    pub arena: u64,
+    /// Constant bytes, each with its place; versions that read the same bytes share them.
+    pub blobs: Vec<(u64, Blob)>,
+    /// Bytes of all of them.
+    pub weights: u64,
+}
+
+/// A model's code for one target.
+pub struct Version {
+    /// The target.
+    pub target: Target,
     /// Kernels, each once.
     pub kernels: Vec<Kernel>,
     /// Steps in order.
     pub steps: Vec<PlannedStep>,
     /// Bytes of the arena.
     pub arena: u64,
-    /// Constant bytes, each with its place.
-    pub blobs: Vec<(u64, Blob)>,
-    /// Bytes of all of them.
+    /// Bytes of constants that no version before this one reads.
     pub weights: u64,
 }
 
@@ -161,35 +173,78 @@ impl Arena {
     }
 }
 
-/// Plans `m` for `target`. `bound` gives the greatest size of a named dim.
+/// Plans `m` for each of `targets`, of one architecture, of which the first is the one that asks for least. `bound` gives
+/// the greatest size of a named dim.
 pub fn plan(
     m: &Module,
     ops: &Ops,
-    target: &Target,
+    targets: &[Target],
     bound: &dyn Fn(&str) -> Option<u64>,
 ) -> Result<Plan, PlanError> {
     let mut m = m.clone();
     fuse::infer(&mut m, ops);
-    fuse::fuse(&mut m, target, &HashSet::new());
-    let m = &m;
+    let mut out = interface(&m, bound)?;
+    let mut places = HashMap::new();
+    for target in targets {
+        let mut m = m.clone();
+        fuse::fuse(&mut m, target, &HashSet::new());
+        let mut version = self::version(&m, target, &mut out, &mut places)?;
+        if targets.len() > 1 {
+            version.rename();
+        }
+        out.arena = out.arena.max(version.arena);
+        out.versions.push(version);
+    }
+    Ok(out)
+}
+
+/// What a run is given.
+fn args(m: &Module) -> impl Iterator<Item = Value> {
+    m.regions[m.top].args.iter().copied().filter(|&v| m.const_of(v).is_none())
+}
+
+fn port(m: &Module, v: Value) -> Result<Port, PlanError> {
+    let data = &m.values[v];
+    let wrong = || PlanError::Type { value: data.name.to_string(), ty: data.ty.to_string() };
+    let elem = data.ty.elem().filter(|&e| memory::size(e).is_some()).ok_or_else(wrong)?;
+    let shape = Size::shape(&data.ty).ok_or_else(wrong)?;
+    Ok(Port { name: data.name.to_string(), elem, shape })
+}
+
+/// A plan without code: what goes in and comes out of a module whose types are inferred.
+fn interface(m: &Module, bound: &dyn Fn(&str) -> Option<u64>) -> Result<Plan, PlanError> {
     let mut dims: BTreeMap<String, u64> = BTreeMap::new();
-    let port = |v: Value| -> Result<Port, PlanError> {
-        let data = &m.values[v];
-        let wrong = || PlanError::Type { value: data.name.to_string(), ty: data.ty.to_string() };
-        let elem = data.ty.elem().filter(|&e| memory::size(e).is_some()).ok_or_else(wrong)?;
-        let shape = Size::shape(&data.ty).ok_or_else(wrong)?;
-        Ok(Port { name: data.name.to_string(), elem, shape })
-    };
-    let args = m.regions[m.top].args.iter().copied().filter(|&v| m.const_of(v).is_none());
-    let args: Vec<Value> = args.collect();
-    let inputs: Vec<Port> = args.iter().map(|&v| port(v)).collect::<Result<_, _>>()?;
-    let outputs: Vec<Port> = m.regions[m.top].results.iter().map(|&v| port(v)).collect::<Result<_, _>>()?;
+    let inputs: Vec<Port> = args(m).map(|v| port(m, v)).collect::<Result<_, _>>()?;
+    let results = m.regions[m.top].results.iter();
+    let outputs: Vec<Port> = results.map(|&v| port(m, v)).collect::<Result<_, _>>()?;
     for size in inputs.iter().flat_map(|p| &p.shape) {
         if let Some(name) = size.name() {
             let bound = bound(name).ok_or_else(|| PlanError::Unbounded { dim: name.to_owned() })?;
             dims.insert(name.to_owned(), bound);
         }
     }
+    let dims = dims.into_iter().collect();
+    let (versions, blobs) = (Vec::new(), Vec::new());
+    Ok(Plan { inputs, outputs, dims, versions, arena: ALIGN, blobs, weights: ALIGN })
+}
+
+impl Version {
+    /// Names that no other version has: the same text becomes other code there.
+    fn rename(&mut self) {
+        let suffix = self.target.symbol();
+        self.kernels.iter_mut().for_each(|k| k.rename(&suffix));
+        self.steps.iter_mut().for_each(|s| s.kernel = format!("{}_{suffix}", s.kernel));
+    }
+}
+
+/// The code of a fused module for `target`; its constants go to those of `out`, which `places` finds.
+fn version(
+    m: &Module,
+    target: &Target,
+    out: &mut Plan,
+    places: &mut HashMap<blake3::Hash, u64>,
+) -> Result<Version, PlanError> {
+    let dims: BTreeMap<String, u64> = out.dims.iter().cloned().collect();
     let lowered = lower_all(m, target)?;
     for (op, l) in &lowered {
         let made = m.ops[*op].results.iter().flatten().filter_map(|&v| Size::shape(m.ty(v))).flatten();
@@ -201,23 +256,16 @@ pub fn plan(
         }
     }
     let bytes = |v: Value| -> Result<u64, PlanError> {
-        let p = port(v)?;
+        let p = port(m, v)?;
         let unit = memory::size(p.elem).ok_or(PlanError::TooLarge)?;
         let count = Size::product(&p.shape).most(&|d| dims.get(d).copied()).ok_or(PlanError::TooLarge)?;
         count.checked_mul(unit).ok_or(PlanError::TooLarge)
     };
-    let mut out = Plan {
-        inputs,
-        outputs,
-        dims: dims.clone().into_iter().collect(),
-        kernels: Vec::new(),
-        steps: Vec::new(),
-        arena: 0,
-        blobs: Vec::new(),
-        weights: ALIGN,
-    };
-    place(m, &args, lowered, &bytes, &dims, &mut out)?;
-    Ok(out)
+    let (kernels, steps, before) = (Vec::new(), Vec::new(), out.weights);
+    let mut version = Version { target: target.clone(), kernels, steps, arena: 0, weights: 0 };
+    version.arena = place(m, lowered, &bytes, &dims, (out, &mut version, places))?;
+    version.weights = out.weights - before;
+    Ok(version)
 }
 
 /// The kernels of every op that computes anything.
@@ -259,15 +307,14 @@ fn lower_all(m: &Module, target: &Target) -> Result<Vec<(Op, Option<Lowered>)>, 
     if left.is_empty() { Ok(out) } else { Err(PlanError::NoKernel { ops: left }) }
 }
 
-/// Gives every value its place, and makes the steps.
+/// Gives every value its place, and makes the steps. The bytes of the arena.
 fn place(
     m: &Module,
-    args: &[Value],
     lowered: Vec<(Op, Option<Lowered>)>,
     bytes: &dyn Fn(Value) -> Result<u64, PlanError>,
     dims: &BTreeMap<String, u64>,
-    out: &mut Plan,
-) -> Result<(), PlanError> {
+    (out, version, blobs): (&mut Plan, &mut Version, &mut HashMap<blake3::Hash, u64>),
+) -> Result<u64, PlanError> {
     // A view is the value it looks at.
     let mut root: HashMap<Value, Value> = HashMap::new();
     for (op, l) in &lowered {
@@ -282,11 +329,9 @@ fn place(
             last.insert(of(v), i);
         }
     }
-    let mut places: HashMap<Value, Place> =
-        args.iter().enumerate().map(|(i, &v)| (v, Place::Input(i))).collect();
+    let mut places: HashMap<Value, Place> = args(m).enumerate().map(|(i, v)| (v, Place::Input(i))).collect();
     let results = &m.regions[m.top].results;
     let mut emitted: HashSet<String> = HashSet::new();
-    let mut blobs: HashMap<blake3::Hash, u64> = HashMap::new();
     let mut arena = Arena::default();
     for (i, (op, l)) in lowered.into_iter().enumerate() {
         let data = &m.ops[op];
@@ -331,7 +376,7 @@ fn place(
                 Buffer::Temp(i) => Place::Arena(temps[*i]),
                 Buffer::Fault => Place::Fault,
             });
-            out.steps.push(PlannedStep {
+            version.steps.push(PlannedStep {
                 kernel: s.kernel.name.clone(),
                 node: fused.as_ref().map_or_else(|| data.loc.to_string(), |f| f.node()),
                 buffers: buffers.collect(),
@@ -340,7 +385,7 @@ fn place(
                 work: s.work,
             });
             if emitted.insert(s.kernel.name.clone()) {
-                out.kernels.push(s.kernel);
+                version.kernels.push(s.kernel);
             }
         }
         temps.into_iter().for_each(|at| arena.free(at));
@@ -356,6 +401,5 @@ fn place(
     if let Some(&v) = results.iter().find(|v| !computed(v) || !seen.insert(of(**v))) {
         return Err(PlanError::Output { output: m.value_label(v) });
     }
-    out.arena = arena.top.max(ALIGN);
-    Ok(())
+    Ok(arena.top)
 }

@@ -4,7 +4,12 @@
 //! bytes, so that no memref has to be lowered). A [`Val`] carries its type, so every op here picks its own spelling;
 //! what does not fit is a defect of the kernel and panics when the text is emitted, in every test of that kernel.
 
+mod intrinsic;
 mod memory;
+mod tiles;
+
+pub use intrinsic::{Intrinsic, stand_ins};
+pub use tiles::Tiles;
 
 use crate::target::{Feature, Target};
 use std::fmt::{self, Write};
@@ -480,12 +485,6 @@ impl<'t> Body<'t> {
             a = combine(self, low, high);
         }
         self.extract(a, 0)
-    }
-
-    /// An intrinsic of LLVM.
-    pub fn intrinsic(&mut self, name: &str, args: &[Val], ty: Ty) -> Val {
-        let types = list(args.iter().map(|a| a.ty));
-        self.op(ty, format_args!("llvm.call_intrinsic \"{name}\"({}) : ({types}) -> {ty}", list(args)))
     }
 
     // Control.

@@ -104,7 +104,10 @@ int main(int argc, char **argv) {
     int32_t code = qcc_run(dims, inputs, outputs, aligned(QCC_ARENA_BYTES), weights, in_halves, NULL);
     if (code != 0) {
         fprintf(stderr, "qcc_run returned %d: %s\n", code,
-                code > 0 ? "a dim beyond its bound" : code == -1 ? "other weights" : "inputs that the model cannot use");
+                code > 0                  ? "a dim beyond its bound"
+                : code == QCC_NO_VERSION ? "code for other processors than this one"
+                : code == -1             ? "other weights"
+                                         : "inputs that the model cannot use");
         return 1;
     }
     for (i = 0; i < n_outputs; i++) {

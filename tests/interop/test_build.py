@@ -1,6 +1,8 @@
 """Compiled models: what `qcc build` writes, run from C, against ONNX Runtime; and the compiled executor likewise."""
 
 import pathlib
+import platform
+import shutil
 import subprocess
 import tempfile
 import unittest
@@ -97,11 +99,11 @@ class Build(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = pathlib.Path(folder.name)
 
-    def compiled(self, model, *options):
+    def compiled(self, model, *options, compiler="cc"):
         """The C example with the library of a model."""
         library = self.folder / "model.so"
         qcc("build", model, "-o", library, *options)
-        command = ["cc", "-O2", "-Wall", "-Werror", "-include", self.folder / "model.h", EXAMPLE, library]
+        command = [compiler, "-O2", "-Wall", "-Werror", "-include", self.folder / "model.h", EXAMPLE, library]
         subprocess.run([*command, "-lpthread", "-o", self.folder / "run"], check=True)
         return [self.folder / "run", self.folder / "model.weights"]
 
@@ -125,6 +127,78 @@ class Build(unittest.TestCase):
             refused = subprocess.run([*run, "51", *files], capture_output=True, text=True)
             self.assertEqual(refused.returncode, 1)
             self.assertIn("a dim beyond its bound", refused.stderr)
+
+    def packed(self, level):
+        """A packed perceptron, what the C example is to be given for 7 rows of it, and what ONNX Runtime makes of these."""
+        perceptron(self.folder / "float.onnx")
+        packed = self.folder / "packed.onnx"
+        qcc(self.folder / "float.onnx", "--pass", "rtn,pack-int4", "-o", packed)
+        at_level(packed, level)
+        x, gate = (np.random.default_rng(i).standard_normal((7, 64)).astype(np.float32) for i in range(2))
+        x.tofile(self.folder / "x.bin")
+        gate.tofile(self.folder / "gate.bin")
+        files = [self.folder / "x.bin", self.folder / "gate.bin", f"{self.folder / 'y.bin'}={x.nbytes}"]
+        return packed, ["7", *files], session(packed).run(None, {"x": x, "gate": gate})[0]
+
+    def emulated(self, run, emulator):
+        """What the C example gives on another processor; what it says if it gives nothing."""
+        ran = subprocess.run([*emulator, *run], capture_output=True, text=True)
+        return ran.stderr or np.fromfile(self.folder / "y.bin", np.float32).reshape(7, 64)
+
+    def test_processors_under_an_emulator(self):
+        for needed in ("qemu-aarch64", "qemu-x86_64", "aarch64-linux-gnu-gcc"):
+            if not shutil.which(needed):
+                self.skipTest(f"{needed} is not installed")
+        arm, intel = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"], ["qemu-x86_64"]
+        known, old = ("aarch64", "aarch64-dotprod", "aarch64-i8mm"), "code for other processors"
+        for level, tolerance in ((0, 1e-5), (4, 2e-3)):
+            packed, files, expected = self.packed(level)
+
+            def check(found, what):
+                self.assertIsInstance(found, np.ndarray, (what, found))
+                self.assertLess(abs(found - expected).max(), tolerance * abs(expected).max(), (what, level))
+
+            for cpu in (*known, ",".join(known)):
+                run = self.compiled(packed, "--max", "rows=7", "--cpu", cpu, compiler="aarch64-linux-gnu-gcc")
+                check(self.emulated([*run, *files], arm), cpu)
+                found = self.emulated([*run, *files], [*arm, "-cpu", "cortex-a53"])
+                if cpu in known[1:]:
+                    self.assertIn(old, found)
+                else:
+                    check(found, f"{cpu} on a processor without dot products")
+            if platform.machine() != "x86_64":
+                continue
+            for cpu in ("x86-64-v3", "x86-64,x86-64-v3"):
+                run = self.compiled(packed, "--max", "rows=7", "--cpu", cpu)
+                check(self.emulated([*run, *files], [*intel, "-cpu", "Haswell"]), cpu)
+                found = self.emulated([*run, *files], [*intel, "-cpu", "qemu64"])
+                if cpu == "x86-64-v3":
+                    self.assertIn(old, found)
+                else:
+                    check(found, "a processor without AVX")
+
+    def test_one_library_for_several_processors(self):
+        flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+        if not {"avx2", "fma", "f16c"} <= flags:
+            self.skipTest("a processor without AVX2")
+        packed, files, _ = self.packed(4)
+        results = {}
+        best = "avx512-vnni" if "avx512_vnni" in flags else "x86-64-v3"
+        for cpus in ("x86-64,x86-64-v3,avx512-vnni", best):
+            run = self.compiled(packed, "--max", "rows=7", "--cpu", cpus)
+            subprocess.run([*run, *files], check=True)
+            results[cpus] = (self.folder / "y.bin").read_bytes()
+        self.assertEqual(*results.values())
+        said = qcc("build", packed, "-o", self.folder / "model.so", "--multiversion")
+        for name in ("x86-64-v4", "avx512-vnni", "weights of its own"):
+            self.assertIn(name, said)
+        said = qcc("build", packed, "--emit", "mlir", "--cpu", "x86-64,x86-64-v3", fails=2)
+        self.assertIn("one processor", said)
+        if "avx512_vnni" not in flags:
+            run = self.compiled(packed, "--max", "rows=7", "--cpu", "avx512-vnni")
+            refused = subprocess.run([*run, *files], capture_output=True, text=True)
+            self.assertEqual(refused.returncode, 1)
+            self.assertIn("returned -100: code for other processors", refused.stderr)
 
     def test_a_language_model_token_by_token(self):
         packed, library = self.folder / "packed.onnx", self.folder / "lm.so"

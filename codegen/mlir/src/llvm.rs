@@ -57,18 +57,20 @@ pub fn emit(module: &Module, target: &Target, form: Form) -> Result<Vec<u8>, Com
 unsafe fn compile(module: LLVMModuleRef, target: &Target, form: Form) -> Result<Vec<u8>, CompileError> {
     // SAFETY: as in `emit`; strings live until the calls that read them return.
     unsafe {
-        match target.arch {
+        match target.machine().arch {
             Arch::X86_64 => {
                 LLVMInitializeX86TargetInfo();
                 LLVMInitializeX86Target();
                 LLVMInitializeX86TargetMC();
                 LLVMInitializeX86AsmPrinter();
+                LLVMInitializeX86AsmParser();
             }
             Arch::Aarch64 => {
                 LLVMInitializeAArch64TargetInfo();
                 LLVMInitializeAArch64Target();
                 LLVMInitializeAArch64TargetMC();
                 LLVMInitializeAArch64AsmPrinter();
+                LLVMInitializeAArch64AsmParser();
             }
         }
         let c = |s: &str| CString::new(s).expect("no NUL in a name of a target");

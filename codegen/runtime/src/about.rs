@@ -6,7 +6,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 /// The version of this description, and of the interface of the library.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
+
+/// What `qcc_run` and `qcc_version` return where the processor runs no version.
+pub const NO_VERSION: i32 = -100;
 
 /// An element type of inputs and outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +93,15 @@ pub struct Port {
     pub shape: Vec<Dim>,
 }
 
+/// The code for one kind of processor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// What it was built for, by the name that was given.
+    pub target: String,
+    /// The features that the code uses.
+    pub features: BTreeSet<Feature>,
+}
+
 /// The description.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct About {
@@ -97,8 +109,8 @@ pub struct About {
     pub version: u32,
     /// The architecture.
     pub arch: Arch,
-    /// The features that the code uses.
-    pub features: BTreeSet<Feature>,
+    /// The versions of the code, the one that asks for most last.
+    pub versions: Vec<Version>,
     /// Named dims with the greatest size of each, in the order of the library's first argument.
     pub dims: Vec<(String, u64)>,
     /// Inputs in order.

@@ -1,6 +1,9 @@
 //! Processors: an architecture and the instruction-set features that code may count on.
+//!
+//! `unsafe` is what one system call takes.
+#![allow(unsafe_code)]
 
-use Feature::{Avx2, Avx512, Avx512Vnni, DotProd, F16c, Fma, I8mm};
+use Feature::{AmxInt8, Avx2, Avx512, Avx512Vnni, DotProd, F16c, Fma, I8mm};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -8,7 +11,7 @@ use std::collections::BTreeSet;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Feature {
-    /// 256-bit vectors of floats and integers.
+    /// 256-bit vectors of floats and integers; and BMI, LZCNT and MOVBE, which came with them.
     Avx2,
     /// Fused multiply-add.
     Fma,
@@ -18,6 +21,8 @@ pub enum Feature {
     Avx512,
     /// Integer dot products of bytes into 512-bit vectors.
     Avx512Vnni,
+    /// AMX: products of tiles of bytes.
+    AmxInt8,
     /// aarch64: integer dot products of bytes.
     DotProd,
     /// aarch64: integer matrix products of bytes.
@@ -44,7 +49,13 @@ pub fn missing(arch: Arch, features: &BTreeSet<Feature>) -> Option<Vec<Feature>>
 #[cfg(target_arch = "x86_64")]
 pub fn native() -> (Arch, BTreeSet<Feature>) {
     let has = |feature| match feature {
-        Avx2 => is_x86_feature_detected!("avx2"),
+        Avx2 => {
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("bmi1")
+                && is_x86_feature_detected!("bmi2")
+                && is_x86_feature_detected!("lzcnt")
+                && is_x86_feature_detected!("movbe")
+        }
         Fma => is_x86_feature_detected!("fma"),
         F16c => is_x86_feature_detected!("f16c"),
         Avx512 => {
@@ -55,9 +66,36 @@ pub fn native() -> (Arch, BTreeSet<Feature>) {
                 && is_x86_feature_detected!("avx512cd")
         }
         Avx512Vnni => is_x86_feature_detected!("avx512vnni"),
+        AmxInt8 => has_tiles(),
         DotProd | I8mm => false,
     };
-    (Arch::X86_64, [Avx2, Fma, F16c, Avx512, Avx512Vnni].into_iter().filter(|&f| has(f)).collect())
+    (Arch::X86_64, [Avx2, Fma, F16c, Avx512, Avx512Vnni, AmxInt8].into_iter().filter(|&f| has(f)).collect())
+}
+
+/// Whether there are tiles of bytes, and the system lets this process use them: it is asked for that.
+///
+/// Source: Intel, "Software Developer's Manual" volume 2, CPUID; Linux, `Documentation/arch/x86/xstate.rst`.
+#[cfg(target_arch = "x86_64")]
+fn has_tiles() -> bool {
+    use std::arch::x86_64::__cpuid_count;
+    const BITS: u32 = 1 << 24 | 1 << 25;
+    if __cpuid_count(0, 0).eax < 7 || __cpuid_count(7, 0).edx & BITS != BITS {
+        return false;
+    }
+    let (arch_prctl, request_permission, tile_data) = (158i64, 0x1023i64, 18i64);
+    let refused: i64;
+    // SAFETY: the call changes nothing but what the system keeps of this process, and fails where it knows no tiles.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") arch_prctl => refused,
+            in("rdi") request_permission,
+            in("rsi") tile_data,
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+    refused == 0
 }
 
 /// This machine's architecture and features, as its processor describes itself.

@@ -17,7 +17,7 @@ mod model;
 mod parallel;
 mod tensor;
 
-pub use about::{About, Dim, Elem, Port, VERSION};
+pub use about::{About, Dim, Elem, NO_VERSION, Port, VERSION, Version};
 pub use fault::Fault;
 pub use kernels::{Call, KernelError, Kernels};
 pub use model::{Model, ModelError};

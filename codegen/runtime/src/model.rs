@@ -4,7 +4,7 @@
 //! for this processor. `unsafe` is what calling it takes: every size that it relies on is checked here or by itself.
 #![allow(unsafe_code)]
 
-use crate::about::{About, Dim, Elem, Port, VERSION};
+use crate::about::{About, Dim, Elem, Port, VERSION, Version};
 use crate::cpu;
 use crate::fault::Fault;
 use crate::kernels::Shared;
@@ -107,6 +107,8 @@ type Run = unsafe extern "C" fn(
     *mut c_void,
 ) -> i32;
 
+type Choose = unsafe extern "C" fn() -> i32;
+
 enum Weights {
     Mapped(Mmap),
     /// In the library.
@@ -120,6 +122,7 @@ unsafe impl Sync for Weights {}
 /// A loaded model.
 pub struct Model {
     about: About,
+    chosen: usize,
     run: Run,
     weights: Weights,
     /// Words, so that it is aligned.
@@ -153,15 +156,20 @@ impl Model {
         // SAFETY: a library of qcc runs nothing when it is loaded.
         let library = unsafe { Library::new(&full) }.map_err(failed)?;
         let about = about(&library, path)?;
-        let lacks = cpu::missing(about.arch, &about.features);
-        let lacks = lacks.map(|m| m.iter().map(|f| format!("{f:?}")).collect::<Vec<_>>().join(", "));
-        match lacks {
-            Some(none) if none.is_empty() => {}
-            other => {
-                let expected = other.unwrap_or_else(|| format!("{:?}", about.arch));
-                return Err(ModelError::Processor { path: path.to_owned(), expected });
-            }
+        let refused = |expected: String| ModelError::Processor { path: path.to_owned(), expected };
+        let mut missing = Vec::new();
+        for v in &about.versions {
+            let lacks = cpu::missing(about.arch, &v.features);
+            missing.push(lacks.ok_or_else(|| refused(format!("{:?}", about.arch)))?);
         }
+        if missing.iter().all(|m| !m.is_empty()) {
+            let list = |m: &Vec<_>| m.iter().map(|f| format!("{f:?}")).collect::<Vec<_>>().join(", ");
+            return Err(refused(missing.iter().map(list).collect::<Vec<_>>().join(", or ")));
+        }
+        // SAFETY: the interface of this version.
+        let chosen = unsafe { library.get::<Choose>(b"qcc_version").map_err(failed)?() };
+        let chosen = usize::try_from(chosen).ok().filter(|&i| i < about.versions.len());
+        let chosen = chosen.ok_or_else(|| refused("what the system does not allow".to_owned()))?;
         // SAFETY: the interface of this version.
         let run = unsafe { *library.get::<Run>(b"qcc_run").map_err(failed)? };
         let weights = match &about.weights_file {
@@ -173,12 +181,17 @@ impl Model {
             Some(name) => map(&full.with_file_name(name), &about)?,
         };
         let arena = vec![0u128; (about.arena as usize).div_ceil(16) + 4];
-        Ok(Model { about, run, weights, arena: Mutex::new(arena), _library: library })
+        Ok(Model { about, chosen, run, weights, arena: Mutex::new(arena), _library: library })
     }
 
     /// What the model is.
     pub fn about(&self) -> &About {
         &self.about
+    }
+
+    /// The version of the code that runs here.
+    pub fn version(&self) -> &Version {
+        &self.about.versions[self.chosen]
     }
 
     /// Runs once. Inputs in the order of [`About::inputs`]; outputs likewise.

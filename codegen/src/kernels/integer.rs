@@ -3,12 +3,14 @@
 //! them, in double precision as the interpreter does.
 //!
 //! Zero points are taken away first, which leaves numbers of 9 bits: of W when it is packed, of X row by row. Pairs of them are
-//! multiplied and added up in 32 bits, which is exact (`pmaddwd`; `pmaddubsw`, twice as wide, saturates).
+//! multiplied and added up in 32 bits, which is exact (`pmaddwd`; `pmaddubsw`, twice as wide, saturates). Where a processor
+//! multiplies by fours without saturation, and W is bytes, X keeps its zero point: see [`fours`](super::fours).
 
 use super::coded::{Coded, signed};
 use super::epilogue::{Epilogue, Spot};
+use super::fours::Fours;
 use super::panel::{self, Form, Store};
-use super::{Args, Buffer, Kernel, Lowered, Step, elementwise};
+use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise};
 use crate::fuse::Fused;
 use crate::layout::View;
 use crate::size::Size;
@@ -138,24 +140,38 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     let domain = fused.domain()?;
     let rows = Size::product(&domain[..domain.len() - 1]);
     let w = w.numbers(m, usize::from(!transposed))?;
-    let store = if w.iter().all(|&w| i8::try_from(w).is_ok()) { Store::Bytes } else { Store::Words };
-    let form = Form { n, k: k.div_ceil(2), lanes: target.lanes(), store };
+    let signed_x = signed(m, x.codes)?;
+    let fours = Fours::of(target, &w, signed_x);
+    let store = match fours {
+        Some(_) => Store::Fours,
+        None if w.iter().all(|&w| i8::try_from(w).is_ok()) => Store::Bytes,
+        None => Store::Words,
+    };
+    let (count, steps) = fours.map_or((2, k.div_ceil(2)), |fours| (4, fours.steps(k)));
+    let form = Form { n, k: steps, lanes: target.lanes(), store };
+    let at = |k_at: usize, n_at: usize| if transposed { n_at * k + k_at } else { k_at * n + n_at };
     let packed = form.pack(|step, n, out| {
-        let half = out.len() / 2;
-        for (i, out) in out.chunks_exact_mut(half).enumerate() {
-            let step = 2 * step + i;
-            let at = if transposed { n * k + step } else { step * form.n + n };
-            let v = if step < k { w[at] } else { 0 };
-            out.copy_from_slice(&v.to_le_bytes()[..half]);
+        let size = out.len() / count;
+        for (i, out) in out.chunks_exact_mut(size).enumerate() {
+            let step = count * step + i;
+            let v = if step < k { w[at(step, n)] } else { 0 };
+            out.copy_from_slice(&v.to_le_bytes()[..size]);
         }
     });
 
     let mut lowered = Lowered { temps: vec![rows.clone() * (4 * form.k).into()], ..Lowered::default() };
     let mut buffers = vec![fused.buffer(x.codes, &mut lowered.blobs)?, Buffer::Temp(0)];
-    if let Some(zero) = x.zero {
-        buffers.push(fused.buffer(zero, &mut lowered.blobs)?);
-    }
-    let kernel = centre(target, k, signed(m, x.codes)?, x.zero.is_some());
+    let zero = match x.zero {
+        Some(zero) => Some(fused.buffer(zero, &mut lowered.blobs)?),
+        None => None,
+    };
+    let kernel = match fours {
+        Some(fours) => fours.rows(target, k),
+        None => {
+            buffers.extend(zero.clone());
+            centre(target, k, signed_x, zero.is_some())
+        }
+    };
     lowered.steps.push(Step { kernel, buffers, dims: Vec::new(), units: rows.clone(), work: (k / 8).into() });
     let epilogue = Epilogue::new(fused, &domain, n, outcome.operands())?;
     let mut read = Vec::new();
@@ -166,7 +182,24 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     if let Outcome::Codes { zero, .. } = outcome {
         read.push(fused.buffer(zero, &mut lowered.blobs)?);
     }
+    let shifts = fours.filter(|f| f.shifts(zero.is_some()));
+    let columns = read.len();
+    if shifts.is_some() {
+        let mut sums = vec![0i32; form.columns()];
+        for (n, sum) in sums.iter_mut().enumerate().take(n) {
+            *sum = (0..k).fold(0, |sum, k| sum.wrapping_add(w[at(k, n)] as i32));
+        }
+        read.push(Buffer::Blob(lowered.blobs.len()));
+        let bytes: Vec<u8> = sums.iter().flat_map(|s| s.to_le_bytes()).collect();
+        lowered.blobs.push(Blob { bytes: bytes.into() });
+        read.extend(zero.clone());
+    }
     let finish = |b: &mut Body, a: &Args, first: usize, spot: Spot, sum: Val| {
+        let sum = shifts.map_or(sum, |fours| {
+            let zero = zero.as_ref().map(|_| a.buffer(b, first + columns + 1));
+            let columns = a.buffer(b, first + columns);
+            fours.centred(b, sum, columns, spot.n, zero)
+        });
         epilogue.emit(b, a, first, spot, form.lanes, |b, values| match &outcome {
             Outcome::Sum => sum,
             Outcome::Float { scales, bias } => {

@@ -14,6 +14,7 @@ pub mod copy;
 pub mod dense;
 pub mod elementwise;
 pub mod epilogue;
+mod fours;
 pub mod gather;
 pub mod gather_packed;
 pub mod heads;
@@ -26,6 +27,7 @@ pub mod packed;
 pub mod packed_product;
 mod packed_tiles;
 pub mod panel;
+mod panel_tiles;
 pub mod planes;
 pub mod pointwise;
 pub mod pool;
@@ -38,7 +40,7 @@ pub mod softmax;
 
 use crate::size::Size;
 use crate::target::Target;
-use crate::text::{Body, Scalar, Val, scalar};
+use crate::text::{Body, Scalar, Val, scalar, stand_ins};
 use runtime::Fault;
 use std::collections::BTreeSet;
 
@@ -152,11 +154,21 @@ impl Kernel {
     }
 }
 
+impl Kernel {
+    /// Adds to the name.
+    pub fn rename(&mut self, suffix: &str) {
+        let name = format!("{}_{suffix}", self.name);
+        self.text = self.text.replacen(&format!("@{}(", self.name), &format!("@{name}("), 1);
+        self.name = name;
+    }
+}
+
 /// One MLIR module of these kernels; of equal ones the first.
 pub fn module<'a>(kernels: impl IntoIterator<Item = &'a Kernel>) -> String {
     let mut seen = std::collections::BTreeMap::new();
     for k in kernels {
         seen.entry(&k.name).or_insert(&k.text);
     }
-    format!("module {{\n{}}}\n", seen.into_values().map(String::as_str).collect::<String>())
+    let text: String = seen.into_values().map(String::as_str).collect();
+    format!("module {{\n{}{text}}}\n", stand_ins(&text))
 }

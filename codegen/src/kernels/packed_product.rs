@@ -4,7 +4,7 @@ use super::packed::{AHEAD, CHUNK, Form, ROWS, Rows};
 use super::{Args, Kernel, elementwise, pointwise};
 use crate::size::Size;
 use crate::target::{Arch, Feature, Target};
-use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar, vector};
+use crate::text::{Body, Cmp, Intrinsic, Scalar, Ty, Val, scalar, vector};
 
 /// What multiplies bytes, four to a lane.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -13,8 +13,10 @@ pub(super) enum Dot {
     Vnni,
     /// `pmaddubsw`: sums of two in 16 bits, which saturate; 4-bit codes do not come near.
     Pairs,
-    /// aarch64's sdot.
+    /// aarch64's sdot, signed by signed: sums of four in 32 bits.
     Sdot,
+    /// Unsigned by signed; and `usmmla`, twice as many products, where rows of X come in pairs.
+    Usdot,
     /// Byte by byte.
     Plain,
 }
@@ -22,8 +24,8 @@ pub(super) enum Dot {
 impl Dot {
     fn of(target: &Target, form: &Form) -> Dot {
         match target.arch {
-            // Signed by signed: 8-bit codes do not fit.
-            Arch::Aarch64 if target.has(Feature::DotProd) && form.bits < 8 => Dot::Sdot,
+            Arch::Aarch64 if target.has(Feature::I8mm) => Dot::Usdot,
+            Arch::Aarch64 if target.has(Feature::DotProd) => Dot::Sdot,
             Arch::X86_64 if target.has(Feature::Avx512Vnni) => Dot::Vnni,
             Arch::X86_64 if target.has(Feature::Avx2) && (form.bits < 8 || !target.has(Feature::Avx512)) => {
                 Dot::Pairs
@@ -34,7 +36,7 @@ impl Dot {
 
     /// What codes are less than they are written: 8-bit ones are taken signed where the instruction wants it.
     fn offset(self, form: &Form) -> f64 {
-        if self == Dot::Pairs && form.bits == 8 { 128.0 } else { 0.0 }
+        if matches!(self, Dot::Pairs | Dot::Sdot) && form.bits == 8 { 128.0 } else { 0.0 }
     }
 
     fn accumulator(self, form: &Form, lanes: usize) -> Ty {
@@ -51,32 +53,32 @@ impl Dot {
         match self {
             Dot::Vnni => {
                 let (codes, x) = (b.bitcast(codes, bytes), b.bitcast(x, bytes));
-                b.intrinsic("llvm.x86.avx512.vpdpbusd.512", &[acc, codes, x], acc.ty)
+                b.intrinsic(Intrinsic::Vpdpbusd, &[acc, codes, x], acc.ty)
             }
             Dot::Sdot => {
+                let codes = if form.bits == 8 { signed(b, codes) } else { codes };
                 let (codes, x) = (b.bitcast(codes, bytes), b.bitcast(x, bytes));
-                b.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", &[acc, codes, x], acc.ty)
+                b.intrinsic(Intrinsic::Sdot, &[acc, codes, x], acc.ty)
+            }
+            Dot::Usdot => {
+                let (codes, x) = (b.bitcast(codes, bytes), b.bitcast(x, bytes));
+                b.intrinsic(Intrinsic::Usdot, &[acc, codes, x], acc.ty)
             }
             Dot::Pairs => {
-                let (madd, wide) = match lanes {
-                    16 => ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"),
-                    _ => ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
-                };
                 let x = b.bitcast(x, bytes);
                 if form.bits < 8 {
                     let codes = b.bitcast(codes, bytes);
-                    let p = b.intrinsic(madd, &[codes, x], pairs);
+                    let p = b.intrinsic(Intrinsic::Pmaddubsw, &[codes, x], pairs);
                     return b.add(acc, p);
                 }
                 // |c| <= 128 times sign(c) x, with |x| <= 127: two of them fit 16 bits.
-                let flip = b.splat(codes.ty, f64::from(0x8080_8080u32 as i32));
-                let signed = b.xor(codes, flip);
+                let signed = signed(b, codes);
                 let signed = b.bitcast(signed, bytes);
                 let size = b.unary("math.absi", signed);
-                let x = b.intrinsic("llvm.x86.avx2.psign.b", &[x, signed], bytes);
-                let p = b.intrinsic(madd, &[size, x], pairs);
+                let x = b.intrinsic(Intrinsic::Psignb, &[x, signed], bytes);
+                let p = b.intrinsic(Intrinsic::Pmaddubsw, &[size, x], pairs);
                 let ones = b.splat(pairs, 1.0);
-                let p = b.intrinsic(wide, &[p, ones], acc.ty);
+                let p = b.intrinsic(Intrinsic::Pmaddwd, &[p, ones], acc.ty);
                 b.add(acc, p)
             }
             Dot::Plain => (0..4).fold(acc, |acc, j| {
@@ -95,16 +97,18 @@ impl Dot {
     fn sums(self, b: &mut Body, form: &Form, acc: Val) -> Val {
         match self {
             Dot::Pairs if form.bits < 8 => {
-                let wide = match acc.ty.lanes {
-                    32 => "llvm.x86.avx512.pmaddw.d.512",
-                    _ => "llvm.x86.avx2.pmadd.wd",
-                };
                 let ones = b.splat(acc.ty, 1.0);
-                b.intrinsic(wide, &[acc, ones], vector(acc.ty.lanes / 2, Scalar::I32))
+                b.intrinsic(Intrinsic::Pmaddwd, &[acc, ones], vector(acc.ty.lanes / 2, Scalar::I32))
             }
             _ => acc,
         }
     }
+}
+
+/// 8-bit codes, each less 128.
+fn signed(b: &mut Body, codes: Val) -> Val {
+    let flip = b.splat(codes.ty, f64::from(0x8080_8080u32 as i32));
+    b.xor(codes, flip)
 }
 
 /// Blocks of 16 rows of W in a unit: they meet a row of X while it is in the first cache.
@@ -147,6 +151,7 @@ pub fn product(target: &Target, form: &Form, results: usize, finish: &Finish) ->
                 b.each(left, rows.1, 1, |b, m| alone.row(b, a, (x, w, &y), nb, m));
             });
         });
+        room.inspect(|room| room.release(b));
     })
 }
 
@@ -187,6 +192,8 @@ pub(super) struct Product<'f> {
     x: Rows,
     /// `None` where X is floats.
     dot: Option<Dot>,
+    /// Whether tiles of AMX multiply 16 rows of X by 16 of W.
+    pub(super) amx: bool,
     finish: &'f Finish<'f>,
 }
 
@@ -206,7 +213,13 @@ impl Product<'_> {
         // Beside the sums: codes, an element of X, and what the compiler needs.
         let tile = ((registers - 4) / (ROWS / lanes)).min(12);
         let dot = (x != Rows::Floats).then(|| Dot::of(target, form));
-        Product { form, lanes, tile, x, dot, finish }
+        let amx = x == Rows::Codes && target.has(Feature::AmxInt8);
+        let tile = match dot {
+            _ if amx => ROWS,
+            Some(Dot::Usdot) => tile / 2 * 2,
+            _ => tile,
+        };
+        Product { form, lanes, tile, x, dot, amx, finish }
     }
 
     /// Vectors that 16 rows of W take.
@@ -381,7 +394,7 @@ impl Product<'_> {
     }
 
     /// X and codes, `k` elements on.
-    fn later(&self, b: &mut Body, x: &[Val], source: Source, k: Val) -> (Vec<Val>, Source) {
+    pub(super) fn later(&self, b: &mut Body, x: &[Val], source: Source, k: Val) -> (Vec<Val>, Source) {
         let x = x.iter().map(|&x| b.element(x, k, self.x.elem())).collect();
         let mut on = |at: Val, bytes: usize| {
             let bytes = b.size(bytes);
@@ -483,6 +496,9 @@ impl Product<'_> {
 
     fn chunk_bytes(&self, b: &mut Body, dot: Dot, x: &[Val], source: Source, sums: &[Val]) -> Vec<Val> {
         let (form, parts, lanes) = (self.form, self.parts(), self.lanes);
+        if let (Dot::Usdot, Source::Decoded(_)) = (dot, source) {
+            return self.pairs(b, x, source, sums);
+        }
         let zero = b.splat(dot.accumulator(form, lanes), 0.0);
         let own = dot.accumulator(form, lanes) != sums[0].ty;
         let acc = if own { vec![zero; sums.len()] } else { sums.to_vec() };

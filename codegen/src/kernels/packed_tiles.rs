@@ -6,9 +6,9 @@
 //! alone.
 
 use super::Args;
-use super::packed::ROWS;
+use super::packed::{CHUNK, ROWS};
 use super::packed_product::{BLOCKS, Product, Source};
-use crate::text::{Body, Cmp, Scalar, Val, vector};
+use crate::text::{Body, Cmp, Intrinsic, Scalar, Tiles, Val, vector};
 
 /// Bytes of codes that are decoded at a time, if a group has no more: half of a first cache.
 const DECODED: usize = 1 << 14;
@@ -27,6 +27,14 @@ pub(super) struct Room {
     zeros: Val,
     /// `[row - first][block][16]` f32.
     sums: Val,
+    /// Of AMX: sums, X, W; and `[16][16]` i32 behind the first.
+    amx: Option<(Tiles, Val)>,
+}
+
+impl Room {
+    pub(super) fn release(&self, b: &mut Body) {
+        self.amx.iter().for_each(|(tiles, _)| tiles.release(b));
+    }
 }
 
 /// A unit: whole tiles of rows, and blocks, each from the first to behind the last.
@@ -65,6 +73,10 @@ impl Product<'_> {
             scales: b.room(words),
             zeros: b.room(if self.form.zeros { words } else { 0 }),
             sums: b.room(self.most() * BLOCKS * ROWS / 2),
+            amx: self.amx.then(|| {
+                let shapes = [(ROWS, 64), (ROWS, self.depth()), (self.depth() / 4, 64)];
+                (b.tiles(&shapes), b.room(ROWS * ROWS / 2))
+            }),
         }
     }
 
@@ -183,6 +195,79 @@ impl Product<'_> {
         });
     }
 
+    /// Decoded codes of at most 32 elements of K by pairs of rows of X, added to their sums: 2 by 8 codes meet 2 by 8 bytes,
+    /// and a vector has the sums of two rows of W by two of X.
+    pub(super) fn pairs(&self, b: &mut Body, x: &[Val], codes: Source, sums: &[Val]) -> Vec<Val> {
+        let (parts, bytes) = (self.parts(), vector(16, Scalar::I8));
+        let zero = b.splat(vector(4, Scalar::I32), 0.0);
+        let (from, to) = (b.size(0), b.size(self.form.group.min(CHUNK)));
+        let start = vec![zero; x.len() / 2 * 2 * parts];
+        let acc = b.rolled(from, to, 8, &start, |b, k, acc| {
+            let (x, codes) = self.later(b, x, codes, k);
+            let [first, second] = [0, 4].map(|k| self.codes(b, codes, k));
+            let pairs: Vec<Val> = first
+                .iter()
+                .zip(&second)
+                .flat_map(|(&f, &s)| [(f, s, 0), (f, s, 2)])
+                .map(|(f, s, i)| {
+                    let two = b.shuffle(f, s, &[i, 4 + i, 1 + i, 5 + i]);
+                    b.bitcast(two, bytes)
+                })
+                .collect();
+            let rows: Vec<Val> = x
+                .chunks(2)
+                .map(|two| {
+                    let [upper, lower] = [two[0], two[1]].map(|x| b.load_bytes_as(x, Scalar::I64));
+                    let both = b.broadcast(upper, 2);
+                    let both = b.insert(lower, both, 1);
+                    b.bitcast(both, bytes)
+                })
+                .collect();
+            let each = rows.iter().flat_map(|&x| pairs.iter().map(move |&w| (x, w)));
+            each.zip(acc).map(|((x, w), &acc)| b.intrinsic(Intrinsic::Usmmla, &[acc, w, x], acc.ty)).collect()
+        });
+        let mut out = Vec::with_capacity(sums.len());
+        for (i, rows) in acc.chunks(2 * parts).enumerate() {
+            for row in 0..2 {
+                for (p, four) in rows.chunks(2).enumerate() {
+                    let own = b.shuffle(four[0], four[1], &[row, 2 + row, 4 + row, 6 + row]);
+                    out.push(b.add(own, sums[(2 * i + row) * parts + p]));
+                }
+            }
+        }
+        out
+    }
+
+    /// Elements of K in a tile of AMX.
+    fn depth(&self) -> usize {
+        [64, 32].into_iter().find(|d| self.form.group % d == 0).unwrap_or(16)
+    }
+
+    /// The sums of group `g` of 16 rows of X by decoded codes, by tiles of AMX.
+    fn squares(&self, b: &mut Body, (tiles, sums): &(Tiles, Val), x: Val, g: Val, codes: Val) -> Vec<Val> {
+        let form = self.form;
+        tiles.zero(b, 0);
+        let group = b.size(form.group);
+        let first = b.mul(g, group);
+        let x = b.at(x, first);
+        let zero = b.size(0);
+        b.each(zero, group, self.depth(), |b, k| {
+            let line = b.size(ROWS);
+            let offset = b.mul(k, line);
+            let (x, codes) = (b.at(x, k), b.at(codes, offset));
+            tiles.load(b, 1, x, form.x_row());
+            tiles.load(b, 2, codes, ROWS * 4);
+            tiles.dot(b, (0, 1, 2), false);
+        });
+        tiles.store(b, 0, *sums, ROWS * 4);
+        let row = |i: usize| {
+            let at = b.at_const(*sums, i * ROWS * 4);
+            let v = b.load(at, vector(ROWS, Scalar::I32));
+            b.cast(v, Scalar::F32)
+        };
+        (0..ROWS).map(row).collect()
+    }
+
     /// A tile of rows from `m` on by a run of groups of the block `nb`, added to their sums.
     fn multiply(&self, b: &mut Body, x: Val, unit: &Unit, nb: Val, m: Val, (from, to): (Val, Val)) {
         let (form, room) = (self.form, unit.room);
@@ -193,7 +278,10 @@ impl Product<'_> {
         let first = self.sums(b, unit, m, nb);
         b.each(from, to, 1, |b, g| {
             let codes = self.place(b, unit, room.codes, (nb, g, from), self.group_bytes());
-            let dots = self.group(b, &rows, g, Source::Decoded(codes));
+            let dots = match &room.amx {
+                Some(amx) => self.squares(b, amx, x, g, codes),
+                None => self.group(b, &rows, g, Source::Decoded(codes)),
+            };
             let scales = self.place(b, unit, room.scales, (nb, g, from), ROWS * 4);
             let scales = self.load(b, scales);
             let zeros = match form.zeros {

@@ -3,25 +3,26 @@
 //! **Layout.** As many columns as two vector registers hold are a panel; four panels are a unit of work, and K is cut into blocks
 //! of 256 steps, so that a block of a panel stays in the first cache while rows pass by: `[N / 4 panels][K / 256][panel][k][lane]`,
 //! one stream in the order of its use. Columns beyond N are 0. A step is one element of K, or two of 16 bits, which one
-//! instruction multiplies and adds up.
+//! instruction multiplies and adds up, or four of 8 bits.
 //!
-//! **Rows.** X has 4 bytes to a step: an f32, or two i16. Six rows are multiplied at a time, which are brought together before:
+//! **Rows.** X has 4 bytes to a step: an f32, two i16, or four codes. Six rows are multiplied at a time, which are brought together before:
 //! `[K / 256][M / 6][k][row]`. Rows that are left over are read where they stand, two by two and one by one; one row alone
 //! streams W. Sums of up to 96 rows by four panels are kept on the stack between blocks of K.
 //!
 //! Source of the blocking: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
 
 use super::epilogue::Spot;
-use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise, pointwise};
+use super::panel_tiles::AMX_ROWS;
+use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise, fours, pointwise};
 use crate::size::Size;
 use crate::target::{Arch, Feature, Target};
-use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar, vector};
+use crate::text::{Body, Cmp, Intrinsic, Scalar, Tiles, Ty, Val, scalar, vector};
 use half::{bf16, f16};
 
 /// Vectors that a panel is wide.
-const WIDE: usize = 2;
+pub(super) const WIDE: usize = 2;
 /// Panels in a unit.
-const PANELS: usize = 4;
+pub(super) const PANELS: usize = 4;
 /// Elements of K in a block.
 const DEPTH: usize = 256;
 /// Rows that are multiplied at a time: with two vectors of W, twelve sums, which sixteen registers hold.
@@ -44,20 +45,22 @@ pub enum Store {
     Bytes,
     /// Two i16.
     Words,
+    /// Four i8: see [`fours`](super::fours).
+    Fours,
 }
 
 impl Store {
     /// Bytes of a step of one column.
     pub fn bytes(self) -> usize {
         match self {
-            Store::F32 | Store::Words => 4,
+            Store::F32 | Store::Words | Store::Fours => 4,
             Store::F16 | Store::Bf16 | Store::Bytes => 2,
         }
     }
 
-    /// Whether a step is two integers.
-    fn pairs(self) -> bool {
-        matches!(self, Store::Bytes | Store::Words)
+    /// Whether a step is integers.
+    fn integers(self) -> bool {
+        matches!(self, Store::Bytes | Store::Words | Store::Fours)
     }
 
     /// The shortest form that holds every one of these exactly, and that `target` widens.
@@ -97,8 +100,18 @@ pub struct Form {
 
 impl Form {
     /// Columns of a panel.
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         WIDE * self.lanes
+    }
+
+    /// Whether rows are multiplied 16 by 16, by tiles of AMX, where they stand.
+    fn amx(&self, target: &Target) -> bool {
+        self.store == Store::Fours && target.has(Feature::AmxInt8)
+    }
+
+    /// Columns of all panels.
+    pub fn columns(&self) -> usize {
+        self.panels() * self.width()
     }
 
     fn panels(&self) -> usize {
@@ -161,16 +174,19 @@ pub fn product(
     (results, read): (usize, Vec<Buffer>),
     finish: &Finish,
 ) {
-    let (blob, tiles) = (Buffer::Blob(lowered.blobs.len()), Buffer::Temp(lowered.temps.len()));
+    let (blob, mut tiles) = (Buffer::Blob(lowered.blobs.len()), x.clone());
     lowered.blobs.push(Blob { bytes: w.into() });
-    lowered.temps.push(rows.clone() * (4 * form.k).into());
-    lowered.steps.push(Step {
-        kernel: tile(target, form),
-        buffers: vec![x.clone(), tiles.clone()],
-        dims: vec![rows.clone()],
-        units: rows.clone().div_up(TILE as u64),
-        work: (TILE * form.k).into(),
-    });
+    if !form.amx(target) {
+        tiles = Buffer::Temp(lowered.temps.len());
+        lowered.temps.push(rows.clone() * (4 * form.k).into());
+        lowered.steps.push(Step {
+            kernel: tile(target, form),
+            buffers: vec![x.clone(), tiles.clone()],
+            dims: vec![rows.clone()],
+            units: rows.clone().div_up(TILE as u64),
+            work: (TILE * form.k).into(),
+        });
+    }
     let mut buffers = vec![x, tiles, blob];
     buffers.extend((0..results).map(Buffer::Result).chain(read));
     // Some 64 steps take a nanosecond. More than `ROWS` rows are more units, each of which is worth a thread then.
@@ -242,7 +258,7 @@ fn multiply(target: &Target, form: &Form, results: usize, finish: &Finish) -> Ke
         Store::F32 => "matmul_f32",
         Store::F16 => "matmul_f16",
         Store::Bf16 => "matmul_bf16",
-        Store::Bytes => "matmul_int8",
+        Store::Bytes | Store::Fours => "matmul_int8",
         Store::Words => "matmul_int16",
     };
     Kernel::new(target, name, |b, a| {
@@ -250,11 +266,12 @@ fn multiply(target: &Target, form: &Form, results: usize, finish: &Finish) -> Ke
         let y: Vec<Val> = (0..results).map(|i| a.buffer(b, BEFORE + i)).collect();
         let rows = a.dim(b, 0);
         let sums = b.room(ROWS * PANELS * form.width() / 2);
+        let amx = form.amx(target).then(|| b.tiles(&[(AMX_ROWS, 64); 8]));
         let (most, six) = (b.size(ROWS), b.size(TILE));
         let more = b.size(ROWS - 1);
         let row_blocks = b.add(rows, more);
         let row_blocks = b.div(row_blocks, most);
-        let tile_count = b.div(rows, six);
+        let tile_count = if amx.is_some() { b.size(0) } else { b.div(rows, six) };
         let tiled = b.mul(tile_count, six);
         b.each(a.begin, a.end, 1, |b, unit| {
             let (columns, first) = (b.div(unit, row_blocks), b.rem(unit, row_blocks));
@@ -269,17 +286,31 @@ fn multiply(target: &Target, form: &Form, results: usize, finish: &Finish) -> Ke
             let size = b.size(form.panel());
             let start = b.mul(panel, size);
             let w = b.at(w, start);
-            let unit = Unit { form, x, tiles, tile_count, tiled, w, sums, first, end, panel, count };
+            let unit = Unit {
+                form,
+                x,
+                tiles,
+                tile_count,
+                tiled,
+                w,
+                sums,
+                first,
+                end,
+                panel,
+                count,
+                amx: amx.as_ref(),
+            };
             unit.clear(b);
             blocks(b, form, |b, i, depth| unit.block(b, i, depth));
             unit.finish(b, a, &y, finish);
         });
+        amx.inspect(|tiles| tiles.release(b));
     })
 }
 
 /// Four panels by up to 96 rows.
-struct Unit<'f> {
-    form: &'f Form,
+pub(super) struct Unit<'f> {
+    pub(super) form: &'f Form,
     x: Val,
     tiles: Val,
     /// Tiles there are, and rows in them.
@@ -295,16 +326,17 @@ struct Unit<'f> {
     /// The number of the first panel, and how many there are.
     panel: Val,
     count: Val,
+    amx: Option<&'f Tiles>,
 }
 
 impl Unit<'_> {
     /// A vector of sums.
     fn part(&self) -> Ty {
-        vector(self.form.lanes, if self.form.store.pairs() { Scalar::I32 } else { Scalar::F32 })
+        vector(self.form.lanes, if self.form.store.integers() { Scalar::I32 } else { Scalar::F32 })
     }
 
     /// Where the sums of `row` by panel `p` of the unit are.
-    fn sums(&self, b: &mut Body, row: Val, p: Val) -> Val {
+    pub(super) fn sums(&self, b: &mut Body, row: Val, p: Val) -> Val {
         let row = b.sub(row, self.first);
         let four = b.size(PANELS);
         let at = b.mul(row, four);
@@ -349,7 +381,16 @@ impl Unit<'_> {
                 self.rows(b, &Rows::Tile(x), w, row, p, depth);
             });
             // What is in no tile: the last rows of all.
-            let from = b.max(self.tiled, self.first);
+            let mut from = b.max(self.tiled, self.first);
+            if let Some(tiles) = self.amx {
+                for pairs in [2, 1] {
+                    let to = b.whole_steps(from, self.end, pairs * AMX_ROWS);
+                    b.each(from, to, pairs * AMX_ROWS, |b, row| {
+                        self.squares(b, tiles, pairs, (x, w), row, p, depth)
+                    });
+                    from = to;
+                }
+            }
             let two = b.size(2);
             let left = b.sub(self.end, from);
             let pairs = b.div(left, two);
@@ -453,14 +494,16 @@ impl Unit<'_> {
                 b.cast(v, Scalar::I16)
             }
             Store::Words => b.load(at, vector(2 * lanes, Scalar::I16)),
+            Store::Fours => b.load(at, vector(4 * lanes, Scalar::I8)),
         }
     }
 
     /// `sum` and a step of `x`, the same in every lane, by the weights `w`.
     fn step(&self, b: &mut Body, w: Val, x: Val, sum: Val) -> Val {
-        match self.form.store.pairs() {
-            true => pairs(b, w, x, sum),
-            false => b.fma(w, x, sum),
+        match self.form.store {
+            Store::Bytes | Store::Words => pairs(b, w, x, sum),
+            Store::Fours => fours::step(b, w, x, sum),
+            Store::F32 | Store::F16 | Store::Bf16 => b.fma(w, x, sum),
         }
     }
 
@@ -539,15 +582,14 @@ impl Rows {
 
 /// `sum` and the products of pairs of 16 bits of `w`, and of `x` as 32 bits, exactly.
 pub fn pairs(b: &mut Body, w: Val, x: Val, sum: Val) -> Val {
-    let p = match (b.target.arch, sum.ty.lanes) {
-        (Arch::X86_64, lanes) => {
-            let name = match lanes {
-                16 => "llvm.x86.avx512.pmaddw.d.512",
-                8 => "llvm.x86.avx2.pmadd.wd",
-                _ => "llvm.x86.sse2.pmadd.wd",
-            };
+    let p = match b.target.arch {
+        Arch::X86_64 if b.target.has(Feature::Avx512Vnni) && sum.ty.lanes == 16 => {
             let x = b.bitcast(x, w.ty);
-            b.intrinsic(name, &[w, x], sum.ty)
+            return b.intrinsic(Intrinsic::Vpdpwssd, &[sum, w, x], sum.ty);
+        }
+        Arch::X86_64 => {
+            let x = b.bitcast(x, w.ty);
+            b.intrinsic(Intrinsic::Pmaddwd, &[w, x], sum.ty)
         }
         _ => {
             let w = b.bitcast(w, sum.ty);

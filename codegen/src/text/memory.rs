@@ -63,6 +63,17 @@ impl Body<'_> {
         ));
     }
 
+    /// Reads a scalar that other threads may write.
+    pub fn load_shared(&mut self, ptr: Val, elem: Scalar) -> Val {
+        let (ty, align) = (scalar(elem), elem.bytes());
+        self.op(
+            ty,
+            format_args!(
+                "llvm.load {ptr} atomic monotonic {{alignment = {align} : i64}} : !llvm.ptr -> {ty}"
+            ),
+        )
+    }
+
     /// A scalar read from bytes of any alignment.
     pub fn load_bytes_as(&mut self, ptr: Val, elem: Scalar) -> Val {
         let ty = scalar(elem);

@@ -210,8 +210,8 @@ fn every_target_takes_what_is_emitted_for_it() {
     );
     for name in ["x86-64", "x86-64-v3", "x86-64-v4", "aarch64"] {
         let target = Target::parse(name).unwrap();
-        let plan = plan(&m, &Ops::standard(), &target, &|_| Some(4)).unwrap();
-        let mlir = codegen::kernels::module(&plan.kernels);
+        let plan = plan(&m, &Ops::standard(), std::slice::from_ref(&target), &|_| Some(4)).unwrap();
+        let mlir = codegen::kernels::module(&plan.versions[0].kernels);
         codegen_mlir::compile(&Request { mlir, target, form: Form::Asm }).unwrap();
     }
 }

@@ -220,8 +220,9 @@ fn islands_are_products_of_integers() {
         let (_, _, summary) = native.compile(&m, &[], &wanted).unwrap();
         assert_eq!(summary.interpreted.len(), 0, "{summary}");
         let target = codegen::Target::parse("x86-64-v3").unwrap();
-        let plan = codegen::plan::plan(&m, &ops, &target, &|_| Some(4)).unwrap();
-        let steps: Vec<&str> = plan.steps.iter().map(|s| s.kernel.rsplit_once('_').unwrap().0).collect();
+        let plan = codegen::plan::plan(&m, &ops, std::slice::from_ref(&target), &|_| Some(4)).unwrap();
+        let steps: Vec<&str> =
+            plan.versions[0].steps.iter().map(|s| s.kernel.rsplit_once('_').unwrap().0).collect();
         let expected = ["elementwise", "planes", "conv_int16", "planes", "conv_int16", "planes", "pool"];
         assert_eq!(steps[..7], expected);
         assert_eq!(steps[7..], ["centre_rows", "tile_rows", "matmul_int8"]);
@@ -322,8 +323,10 @@ graph @main(%x : tensor<b x 3x6x6xf32>, %r : tensor<b x 5xf32>) {
     );
     check(&m, &[&[("b", 1)], &[("b", 3)]], 2, 2e-6);
     let target = codegen::Target::parse("x86-64-v3").unwrap();
-    let plan = codegen::plan::plan(&m, &Ops::standard(), &target, &|_| Some(4)).unwrap();
-    let steps: Vec<&str> = plan.steps.iter().map(|s| s.kernel.rsplit_once('_').unwrap().0).collect();
+    let plan =
+        codegen::plan::plan(&m, &Ops::standard(), std::slice::from_ref(&target), &|_| Some(4)).unwrap();
+    let steps: Vec<&str> =
+        plan.versions[0].steps.iter().map(|s| s.kernel.rsplit_once('_').unwrap().0).collect();
     assert_eq!(steps, ["conv_f32", "tile_rows", "matmul_f32"]);
 }
 
