@@ -2,18 +2,20 @@
 """Compares compiled code with ONNX Runtime, in the same run and with the same threads.
 
     codegen.py [--qcc target/release/qcc] [--size 4096] [--threads 1,2] [--levels 4,0,f32]
-               [--lm packed.onnx --tokens eval_ids.npy]
+               [--lm packed.onnx --tokens eval_ids.npy] [--images mnist.onnx,resnet20.onnx]
 
 Products by a constant matrix of `size` x `size`, for 1, 128 and 512 rows: packed in 4 bits, group 32, at accuracy_level 4
 (int8 activations) and 0 (floats), or of f32; both sides take turns, and the best median of each counts. Of a packed language
-model: reading a prompt and making tokens, ONNX Runtime on the form with a key/value cache that qcc writes. qcc needs the
-feature mlir.
+model: reading a prompt and making tokens, ONNX Runtime on the form with a key/value cache that qcc writes. Of models with one
+input of images: one image, both in this process on one thread, call after call in turns; a model's own numbers are of no matter.
+qcc needs the feature mlir.
 (`cargo bench -p qcc-codegen-mlir --features mlir --bench gemv` compares with plain reads of memory.)
 """
 import argparse
 import json
 import pathlib
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -21,6 +23,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests/interop"))
+
+from compiled import Library
 
 GROUP = 32
 TURNS = 3
@@ -147,6 +153,27 @@ def language_model(args, folder):
         tell("a token", ours["decode_seconds"], best(3, decode) / decoded)
 
 
+def images(args, folder):
+    print(f"{'':28} {'qcc ms':>9} {'ORT ms':>9} {'ORT / qcc':>9} {'difference':>10}")
+    for i, path in enumerate(args.images):
+        library = folder / f"images{i}.so"
+        subprocess.run([args.qcc, "build", path, "-o", library, "--max-batch", "1"], check=True, capture_output=True)
+        ours, theirs = Library(library), session(path, 1)
+        given = theirs.get_inputs()[0]
+        shape = [d if isinstance(d, int) else 1 for d in given.shape]
+        feed = {given.name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+        call, found = ours.prepared(feed)
+        expected = theirs.run(None, feed)[0]
+        call()
+        off = abs(next(iter(found.values())) - expected).max() / abs(expected).max()
+        a, b = [], []
+        for _ in range(600):
+            a.append(best(1, call))
+            b.append(best(1, lambda: theirs.run(None, feed)))
+        a, b = (float(np.median(t)) * 1e3 for t in (a, b))
+        print(f"{path.stem:28} {a:>9.3f} {b:>9.3f} {b / a:>9.2f} {off:>10.1e}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = pathlib.Path(__file__).resolve().parent.parent
@@ -157,8 +184,12 @@ def main():
     parser.add_argument("--levels", type=levels, default=[4, 0, "f32"])
     parser.add_argument("--lm", type=pathlib.Path)
     parser.add_argument("--tokens", type=pathlib.Path)
+    files = lambda t: [pathlib.Path(n) for n in t.split(",")]
+    parser.add_argument("--images", type=files, default=[], help="these alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        if args.images:
+            return images(args, pathlib.Path(folder))
         products(args, pathlib.Path(folder))
         if args.lm:
             language_model(args, pathlib.Path(folder))

@@ -1,7 +1,5 @@
 """Compiled models: what `qcc build` writes, run from C, against ONNX Runtime; and the compiled executor likewise."""
 
-import ctypes
-import json
 import pathlib
 import platform
 import shutil
@@ -14,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from common import TESTDATA, logits, qcc, session, shared
+from compiled import Library
 
 EXAMPLE = TESTDATA.parents[1] / "examples" / "c" / "run.c"
 
@@ -92,46 +91,6 @@ def at_level(path, level):
             del node.attribute[:]
             node.attribute.extend([*kept, helper.make_attribute("accuracy_level", level)])
     onnx.save(model, path)
-
-
-class Library:
-    """A compiled model, called as its header says, on one thread."""
-
-    def __init__(self, path):
-        self.library = ctypes.CDLL(str(path))
-        start = ctypes.addressof(ctypes.c_char.in_dll(self.library, "qcc_model"))
-        self.about = json.loads(ctypes.string_at(start))
-        weights = path.with_suffix(".weights").read_bytes()
-        self.weights, self.arena = self.aligned(len(weights)), self.aligned(self.about["arena"])
-        self.weights[:] = np.frombuffer(weights, np.uint8)
-
-    @staticmethod
-    def aligned(size):
-        room = np.empty(size + 64, np.uint8)
-        start = -room.ctypes.data % 64
-        return room[start : start + size]
-
-    def run(self, feed):
-        """The outputs by name, and what `qcc_run` returned."""
-        about, types = self.about, {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
-        sizes = {}
-        for port in about["inputs"]:
-            sizes |= {d: n for d, n in zip(port["shape"], feed[port["name"]].shape) if isinstance(d, str)}
-
-        def size(dim):
-            if isinstance(dim, list):
-                return sum(factor * int(np.prod([sizes[n] for n in names])) for factor, names in dim)
-            return sizes[dim] if isinstance(dim, str) else dim
-
-        given = [np.ascontiguousarray(feed[p["name"]], types[p["elem"]]) for p in about["inputs"]]
-        made = [np.empty([size(d) for d in p["shape"]], types[p["elem"]]) for p in about["outputs"]]
-        table = lambda arrays: (ctypes.c_void_p * len(arrays))(*[a.ctypes.data for a in arrays])
-        dims = (ctypes.c_int64 * len(about["dims"]))(*[sizes[name] for name, _ in about["dims"]])
-        pointer = lambda a: ctypes.c_void_p(a.ctypes.data)
-        code = self.library.qcc_run(
-            dims, table(given), table(made), pointer(self.arena), pointer(self.weights), None, None
-        )
-        return {p["name"]: array for p, array in zip(about["outputs"], made)}, code
 
 
 class Build(unittest.TestCase):
@@ -270,7 +229,8 @@ class Build(unittest.TestCase):
 
     def against(self, model, feeds, tolerance, *options):
         """A library gives what ONNX Runtime gives, but for `tolerance` of the largest."""
-        library = self.folder / "vision.so"
+        # A process loads a library of one name once.
+        library = self.folder / f"vision{len(list(self.folder.iterdir()))}.so"
         qcc("build", model, "-o", library, *options)
         ours, theirs = Library(library), session(model)
         for feed in feeds:

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 const ALONE: u64 = 1 << 17;
 
 /// Work, in nanoseconds or so, that is done before threads that are awake have taken their share of it.
-const SHORT: u64 = 1 << 12;
+const SHORT: u64 = 1 << 13;
 
 /// Work of a part, in nanoseconds or so, that is worth asking for.
 const GRAIN: u64 = 1 << 11;
@@ -210,7 +210,9 @@ mod tests {
                     let units = job % 37;
                     let counts: Vec<AtomicUsize> = (0..units).map(|_| AtomicUsize::new(0)).collect();
                     team.divide(units, 1 << 16, |from, to| {
-                        counts[from..to].iter().for_each(|c| drop(c.fetch_add(1, Ordering::Relaxed)));
+                        for c in &counts[from..to] {
+                            c.fetch_add(1, Ordering::Relaxed);
+                        }
                     });
                     assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "job {job}");
                     if job % 100 == 0 {

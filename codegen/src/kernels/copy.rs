@@ -293,10 +293,10 @@ pub fn step(target: &Target, width: usize, from: (Buffer, &Layout), to: (Buffer,
     let outer = Size::product(loops[..count - 1].iter().map(|l| &l.extent));
     let extent = loops[count - 1].extent.clone();
     let (units, work) = match whole {
-        true => (extent.div_up(CHUNK as u64), Size::from(CHUNK / 8)),
-        // An element that is not read with its neighbours costs about a nanosecond.
+        true => (extent.div_up(CHUNK as u64), Size::from(CHUNK / 2)),
+        // An element that is not read with its neighbours costs about a nanosecond, others half of one, out of the caches.
         false if inner == Inner::Stride => (outer, extent + 4.into()),
-        false => (outer, extent.div_up(8) + 4.into()),
+        false => (outer, extent.div_up(2) + 4.into()),
     };
     Some(Step { kernel, buffers: vec![from.0, to.0], dims, units, work })
 }

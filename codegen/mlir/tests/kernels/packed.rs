@@ -169,3 +169,29 @@ impl Case {
         }
     }
 }
+
+/// What is no number, or beyond all, is not hidden by the fixed-point numbers that floats are turned to; what is small counts.
+#[test]
+fn floats_that_are_not_ordinary() {
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let form = Form { n: 20, k: 64, group: 32, bits: 4, zeros: false, half_scales: false, int8: false };
+    for target in targets() {
+        let mut case = Case::random(form, 9, &mut rng);
+        let kernels = [prepare(&target, &form), product(&target, &form, 1, &|_, _, _, _, _, out| vec![out])];
+        let loaded = load(&target, &kernels.iter().collect::<Vec<_>>());
+        // Rows of a tile, and rows alone.
+        for row in [1, 8] {
+            for size in [0.0, 1e-30, 1e30] {
+                case.x[row * 64..][..64].iter_mut().for_each(|x| *x = size * rng.random_range(-1f32..1.0));
+                case.check(&target, &loaded, 0);
+            }
+            for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                case.x[row * 64 + 40] = wrong;
+                let y = case.run(&target, &loaded, 0);
+                let finite = |m: usize| y[m * 20..][..20].iter().filter(|v| v.is_finite()).count();
+                assert_eq!((finite(row), finite(0)), (0, 20), "{target} row {row}: {wrong}");
+            }
+            case.x[row * 64..][..64].fill(0.5);
+        }
+    }
+}
