@@ -210,7 +210,8 @@ fn fits(m: &Module, target: &Target, op: Op, domain: Option<&[Size]>, anchor: Op
 
 /// The group of an operand that `op` joins.
 fn join(m: &Module, target: &Target, op: Op, groups: &[Group], needed: &BTreeSet<usize>) -> Option<usize> {
-    if lower::anchor(m, op).is_some() {
+    let reads_codes = m.ops[op].result(0).is_some_and(|v| reader(m, v) == Some(op));
+    if reads_codes || lower::anchor(m, op).is_some() {
         return None;
     }
     needed.iter().rev().copied().find(|&at| {

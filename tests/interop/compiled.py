@@ -25,7 +25,7 @@ class Library:
 
     def prepared(self, feed):
         """A call that runs it on these inputs, and gives what `qcc_run` returned; and the outputs by name, which it writes."""
-        about, types = self.about, {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
+        about, types = self.about, {"f32": np.float32, "i64": np.int64, "bool": np.bool_, "i32": np.int32}
         sizes = {}
         for port in about["inputs"]:
             sizes |= {d: n for d, n in zip(port["shape"], feed[port["name"]].shape) if isinstance(d, str)}

@@ -196,7 +196,7 @@ impl Form {
             filters,
             tile,
             tiles: filters.div_ceil(tile),
-            wide: (sums / tile).min(WIDEST),
+            wide: (sums / tile).min(WIDEST).min(planes.count(rows)),
             rows,
             blocks,
             planes,

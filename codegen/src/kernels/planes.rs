@@ -182,6 +182,11 @@ impl Planes {
         (rows, self.output[0].div_ceil(rows))
     }
 
+    /// Vectors of so many rows of positions.
+    pub fn count(&self, rows: usize) -> usize {
+        rows * self.output[1].div_ceil(self.lanes)
+    }
+
     /// `body` for the vectors of the rows `from..to` of positions, `wide` of them at a time, then two and one.
     pub fn vectors(&self, b: &mut Body, from: Val, to: Val, wide: usize, body: impl Fn(&mut Body, &[Place])) {
         let count = self.output[1].div_ceil(self.lanes);

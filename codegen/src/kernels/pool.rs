@@ -100,6 +100,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
     buffers.extend((0..results).map(Buffer::Result).chain(read));
     let elem = if matches!(cell, Cell::Code { .. }) { Scalar::I8 } else { Scalar::F32 };
     let ty = vector(planes.lanes, Scalar::F32);
+    let wide = WIDE.min(planes.count(planes.output[0]));
     let kernel = Kernel::new(target, "pool", |b, a| {
         let (x, offsets) = (a.buffer(b, 0), a.buffer(b, 1));
         let counts = average.then(|| a.buffer(b, 2));
@@ -109,7 +110,7 @@ pub fn lower(fused: &Fused, target: &Target) -> Option<Lowered> {
             let start = b.mul(row, bytes);
             let x = b.at(x, start);
             let (none, height) = (b.size(0), b.size(planes.output[0]));
-            planes.vectors(b, none, height, WIDE, |b, places| {
+            planes.vectors(b, none, height, wide, |b, places| {
                 let x: Vec<Val> = places.iter().map(|p| b.element(x, p.at, Scalar::F32)).collect();
                 let join =
                     |b: &mut Body, all: Val, v: Val| if average { b.add(all, v) } else { b.max(all, v) };

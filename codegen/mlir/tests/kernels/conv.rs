@@ -9,6 +9,7 @@ use dialects::ops::{Item, Ops};
 use dialects::tensor::Tensor;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 /// Sizes of a convolution: spatial dims, channels, filters, the kernel, and attributes.
@@ -226,6 +227,12 @@ fn islands_are_products_of_integers() {
         let expected = ["elementwise", "planes", "conv_int16", "planes", "conv_int16", "planes", "pool"];
         assert_eq!(steps[..7], expected);
         assert_eq!(steps[7..], ["centre_rows", "tile_rows", "matmul_int8"]);
+        // Codes alone go from kernel to kernel; floats come out of the Gemm.
+        let mut fused = m.clone();
+        codegen::fuse::fuse(&mut fused, &target, &HashSet::new());
+        let made = fused.regions[fused.top].ops.iter().filter(|&&op| !fused.is_const(op));
+        let made = made.flat_map(|&op| fused.ops[op].results.iter().flatten());
+        assert_eq!(made.filter(|&&v| fused.ty(v).elem() == Some(Elem::F32)).count(), 1);
         let x: Vec<f32> = (0..3 * 192).map(|_| rng.random_range(-6f32..6.0)).collect();
         let given = [(m.regions[m.top].args[0], Item::from(Tensor::new(&[3, 3, 8, 8], x).unwrap()))];
         let found = run_once(&native, &m, &given, &wanted).unwrap();
@@ -247,6 +254,56 @@ fn islands_are_products_of_integers() {
         assert!(off_by_one(found[0], expected[0].tensor().unwrap()) <= 1, "{signed}");
         let expected = found[3].to_i64().unwrap().iter().max().copied();
         assert_eq!(found[2].to_i64().unwrap().iter().max().copied(), expected);
+    }
+}
+
+#[test]
+fn operators_on_codes() {
+    let m = model(
+        "module ir_version=10 opsets {com.microsoft=1, onnx=21}
+graph @main(%x : tensor<b x 4x6x6xu8>, %y : tensor<b x 4x6x6xu8>, %v : tensor<b x 8xu8>) {
+  const %s : tensor<f32> 0.05
+  const %t : tensor<f32> 0.11
+  const %z : tensor<u8> 128
+  const %a : tensor<u8> 7
+  const %w : tensor<5x8xi8> random(3)
+  const %ws : tensor<5xf32> [0.01, 0.02, 0.005, 0.015, 0.001]
+  const %wz : tensor<5xi8> [0, 0, 0, 0, 0]
+  const %bias : tensor<5xi32> [100, -2000, 3, 0, 70]
+  %sum = com.microsoft.QLinearAdd(%x, %s, %z, %y, %t, %a, %t, %z)
+  %product = com.microsoft.QLinearMul(%sum, %t, %z, %y, %t, %a, %s, %a)
+  %pool = com.microsoft.QLinearAveragePool(%x, %s, %z, %t, %a) {kernel_shape=[2, 2], strides=[2, 2]}
+  %all = com.microsoft.QLinearGlobalAveragePool(%product, %s, %a, %s, %z) {channels_last=0}
+  %both = com.microsoft.QLinearConcat(%t, %z, %x, %s, %z, %y, %t, %a) {axis=1}
+  %leaky = com.microsoft.QLinearLeakyRelu(%x, %s, %z, %t, %z) {alpha=0.25}
+  %g = com.microsoft.QGemm(%v, %s, %z, %w, %ws, %wz, %bias) {transB=1}
+  %h = com.microsoft.QGemm(%v, %s, %z, %w, %ws, %wz, %bias, %t, %z) {transB=1}
+  return %sum, %product, %pool, %all, %both, %leaky, %g, %h
+}
+",
+    );
+    let ops = Ops::standard();
+    let native = Native::new(ops.clone(), Arc::new(Here));
+    let wanted = m.regions[m.top].results.clone();
+    let (_, _, summary) = native.compile(&m, &[], &wanted).unwrap();
+    assert_eq!(summary.interpreted.len(), 0, "{summary}");
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for images in [1, 3, 0] {
+        let shapes: [&[usize]; 3] = [&[images, 4, 6, 6], &[images, 4, 6, 6], &[images, 8]];
+        let args = m.regions[m.top].args.iter().copied();
+        let given: Vec<_> = args.zip(shapes.map(|s| Item::from(codes(Elem::U8, s, &mut rng)))).collect();
+        let found = run_once(&native, &m, &given, &wanted).unwrap();
+        let expected = run_once(&Interpreter::new(ops.clone()), &m, &given, &wanted).unwrap();
+        for (i, (f, e)) in found.iter().zip(&expected).enumerate() {
+            let (f, e) = (f.tensor().unwrap(), e.tensor().unwrap());
+            assert_eq!(f.shape(), e.shape());
+            match i {
+                6 => close("the sums in floats", f, e, 1e-6),
+                // The mean of many is added up in another order, and so is the bias of a Gemm.
+                3 | 7 => assert!(off_by_one(f, e) <= 1 + f.len() / 100, "{i}"),
+                _ => assert_eq!(f, e, "{i}"),
+            }
+        }
     }
 }
 

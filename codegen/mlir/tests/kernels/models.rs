@@ -435,7 +435,8 @@ fn every_target_takes_what_is_emitted_for_it() {
     let packed = perceptron(4, true, &mut ChaCha8Rng::seed_from_u64(5));
     let others = model(
         "module ir_version=10 opsets {com.microsoft=1, onnx=23}
-graph @main(%x : tensor<b x s x 48xf32>, %past : tensor<b x 3x3x8xf32>, %ids : tensor<b x s x i64>, %q : tensor<s x 20xu8>) {
+graph @main(%x : tensor<b x s x 48xf32>, %past : tensor<b x 3x3x8xf32>, %ids : tensor<b x s x i64>, %q : tensor<s x 20xu8>,
+    %image : tensor<b x 3x8x12xf32>) {
   const %w : tensor<48x24xf32> random(1)
   const %codes : tensor<20x9xi8> random(2)
   const %table : tensor<64x48xf32> random(3)
@@ -455,7 +456,14 @@ graph @main(%x : tensor<b x s x 48xf32>, %past : tensor<b x 3x3x8xf32>, %ids : t
   %product = onnx.MatMulInteger(%q, %codes, %zero)
   %floats = onnx.DequantizeLinear(%q, %scale, %zero)
   %code, %by, %at = onnx.DynamicQuantizeLinear(%x)
-  return %soft, %waves, %y, %product, %floats, %code
+  const %filters : tensor<6x3x3x3xf32> random(7)
+  const %coded : tensor<5x6x3x3xi8> random(8)
+  const %one : tensor<i8> 0
+  %seen = onnx.Conv(%image, %filters) {pads=[1, 1, 1, 1]}
+  %pooled = onnx.MaxPool(%seen) {kernel_shape=[2, 2], strides=[2, 2]}
+  %in_codes = onnx.QuantizeLinear(%pooled, %scale, %zero)
+  %next = onnx.QLinearConv(%in_codes, %scale, %zero, %coded, %scale, %one, %scale, %zero)
+  return %soft, %waves, %y, %product, %floats, %code, %next
 }
 ",
     );
