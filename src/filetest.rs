@@ -16,7 +16,8 @@
 //!
 //! - `; RUN: PIPELINE` runs passes, as `--pass` does; an empty one only infers types. What comes out must be what
 //!   the `;;` lines say. With `QCC_BLESS=1` in the environment they are rewritten to say what came out.
-//! - `; BUILD: CPU` fuses the module for a processor; the `;;` lines are what comes of it, and the kernels as MLIR.
+//! - `; FUSE: CPU` fuses the module for a processor; the `;;` lines are what comes of it.
+//! - `; BUILD: CPU` does so too; the `;;` lines are the fused module, and its kernels as MLIR.
 //! - `; run: TOLERANCE` runs the module before and after on seeded noise and compares the outputs: relative, over
 //!   each whole output; without a number, to rounding (1e-5).
 //! - `; settings: allow-mul accuracy-level=4` sets what the command line's flags of these names set.
@@ -132,6 +133,21 @@ pub fn run_text(
     if failures.is_empty() { Ok((count, out)) } else { Err(failures) }
 }
 
+/// A fused module and, if asked for, its kernels.
+fn build(mut m: Module, (cpu, kernels): (&str, bool), registry: &Registry) -> Result<String, String> {
+    let target = Target::parse(cpu).map_err(|e| e.to_string())?;
+    codegen::fuse::infer(&mut m, registry.ops());
+    codegen::fuse::fuse(&mut m, &target, &HashSet::new());
+    let mut out = print(&m, STYLE);
+    if kernels {
+        let ops = m.regions[m.top].ops.iter();
+        let steps = ops.filter_map(|&op| codegen::lower::lower(&m, op, &target)).flat_map(|l| l.steps);
+        let kernels: Vec<Kernel> = steps.map(|s| s.kernel).collect();
+        out.push_str(&format!("\n{}", codegen::kernels::module(&kernels)));
+    }
+    Ok(out)
+}
+
 /// The cases of a file, each with the number of its first line. Separators begin the case after them.
 fn split(text: &str) -> Vec<(usize, &str)> {
     let mut out = vec![];
@@ -155,7 +171,8 @@ struct Case<'a> {
     /// The number of the first line.
     first: usize,
     pipeline: Option<&'a str>,
-    cpu: Option<&'a str>,
+    /// What the module is fused for, and whether its kernels are shown.
+    cpu: Option<(&'a str, bool)>,
     tolerance: Option<&'a str>,
     settings: &'a str,
     /// Line, whether something stands before it, and text of each expected error.
@@ -181,7 +198,9 @@ impl<'a> Case<'a> {
             } else if let Some(pipeline) = line.strip_prefix("; RUN:") {
                 case.pipeline = Some(pipeline.trim());
             } else if let Some(cpu) = line.strip_prefix("; BUILD:") {
-                case.cpu = Some(cpu.trim());
+                case.cpu = Some((cpu.trim(), true));
+            } else if let Some(cpu) = line.strip_prefix("; FUSE:") {
+                case.cpu = Some((cpu.trim(), false));
             } else if let Some(tolerance) = line.strip_prefix("; run:") {
                 case.tolerance = Some(tolerance.trim());
             } else if let Some(settings) = line.strip_prefix("; settings:") {
@@ -232,7 +251,7 @@ impl<'a> Case<'a> {
             }
         }
         if let Some(cpu) = self.cpu {
-            let built = self.build(parsed.module, cpu, registry).or_else(|message| self.fail(message))?;
+            let built = build(parsed.module, cpu, registry).or_else(|message| self.fail(message))?;
             return self.expect(&built, bless);
         }
         let Some(pipeline) = self.pipeline else {
@@ -259,17 +278,6 @@ impl<'a> Case<'a> {
             self.compare(&before, &after, tolerance, registry)?;
         }
         self.expect(&print(&after, STYLE), bless)
-    }
-
-    /// A fused module and its kernels.
-    fn build(&self, mut m: Module, cpu: &str, registry: &Registry) -> Result<String, String> {
-        let target = Target::parse(cpu).map_err(|e| e.to_string())?;
-        codegen::fuse::infer(&mut m, registry.ops());
-        codegen::fuse::fuse(&mut m, &target, &HashSet::new());
-        let ops = m.regions[m.top].ops.iter();
-        let steps = ops.filter_map(|&op| codegen::lower::lower(&m, op, &target)).flat_map(|l| l.steps);
-        let kernels: Vec<Kernel> = steps.map(|s| s.kernel).collect();
-        Ok(format!("{}\n{}", print(&m, STYLE), codegen::kernels::module(&kernels)))
     }
 
     /// What the verifier finds, each with its line, and whether it is about an op.

@@ -12,7 +12,7 @@
 use super::coded::{Coded, signed};
 use super::epilogue::{Epilogue, Spot};
 use super::planes::{Cell, Place, Planes};
-use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise, panel, pointwise, quantize};
+use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise, fours, pointwise, quantize};
 use crate::fuse::Fused;
 use crate::layout::View;
 use crate::size::Size;
@@ -515,7 +515,7 @@ impl Form {
                     // Pairs of codes.
                     _ => {
                         let x = b.bitcast(x, vector(2 * ty.lanes, Scalar::I16));
-                        panel::pairs(b, x, w, *sum)
+                        fours::pairs(b, x, w, *sum)
                     }
                 };
             }

@@ -1,4 +1,6 @@
-//! Products of codes by fours: one instruction adds four products of bytes to a sum of 32 bits, and does not saturate
+//! Products of codes by pairs and by fours.
+//!
+//! Pairs are of 16 bits, and always exact. By fours: one instruction adds four products of bytes to a sum of 32 bits, and does not saturate
 //! (`vpdpbusd`, `sdot`, `usdot`; `tdpbusd` does that of tiles of 16 rows).
 //!
 //! X stays as it is, but signed or unsigned as the instruction takes it. W has its zero points taken away, where that leaves
@@ -27,6 +29,31 @@ pub fn step(b: &mut Body, w: Val, x: Val, sum: Val) -> Val {
     let which = instruction(b.target).expect("only targets that have one get weights by fours");
     let [w, x] = [w, x].map(|v| b.bitcast(v, vector(4 * sum.ty.lanes, Scalar::I8)));
     b.intrinsic(which, &[sum, x, w], sum.ty)
+}
+
+/// `sum` and the products of pairs of 16 bits of `w`, and of `x` as 32 bits, exactly.
+pub fn pairs(b: &mut Body, w: Val, x: Val, sum: Val) -> Val {
+    let p = match b.target.arch {
+        Arch::X86_64 if b.target.has(Feature::Avx512Vnni) && sum.ty.lanes == 16 => {
+            let x = b.bitcast(x, w.ty);
+            return b.intrinsic(Intrinsic::Vpdpwssd, &[sum, w, x], sum.ty);
+        }
+        Arch::X86_64 => {
+            let x = b.bitcast(x, w.ty);
+            b.intrinsic(Intrinsic::Pmaddwd, &[w, x], sum.ty)
+        }
+        _ => {
+            let w = b.bitcast(w, sum.ty);
+            let (upper_w, upper_x) = (b.shr_signed(w, 16), b.shr_signed(x, 16));
+            let [lower_w, lower_x] = [w, x].map(|v| {
+                let v = b.shl(v, 16);
+                b.shr_signed(v, 16)
+            });
+            let (upper, lower) = (b.mul(upper_w, upper_x), b.mul(lower_w, lower_x));
+            b.add(upper, lower)
+        }
+    };
+    b.add(sum, p)
 }
 
 /// How X is read.

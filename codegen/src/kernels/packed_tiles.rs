@@ -240,7 +240,7 @@ impl Product<'_> {
 
     /// Elements of K in a tile of AMX.
     fn depth(&self) -> usize {
-        [64, 32].into_iter().find(|d| self.form.group % d == 0).unwrap_or(16)
+        [64, 32].into_iter().find(|&d| self.form.group.is_multiple_of(d)).unwrap_or(16)
     }
 
     /// The sums of group `g` of 16 rows of X by decoded codes, by tiles of AMX.

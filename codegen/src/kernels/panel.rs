@@ -16,7 +16,7 @@ use super::panel_tiles::AMX_ROWS;
 use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise, fours, pointwise};
 use crate::size::Size;
 use crate::target::{Arch, Feature, Target};
-use crate::text::{Body, Cmp, Intrinsic, Scalar, Tiles, Ty, Val, scalar, vector};
+use crate::text::{Body, Cmp, Scalar, Tiles, Ty, Val, scalar, vector};
 use half::{bf16, f16};
 
 /// Vectors that a panel is wide.
@@ -501,7 +501,7 @@ impl Unit<'_> {
     /// `sum` and a step of `x`, the same in every lane, by the weights `w`.
     fn step(&self, b: &mut Body, w: Val, x: Val, sum: Val) -> Val {
         match self.form.store {
-            Store::Bytes | Store::Words => pairs(b, w, x, sum),
+            Store::Bytes | Store::Words => fours::pairs(b, w, x, sum),
             Store::Fours => fours::step(b, w, x, sum),
             Store::F32 | Store::F16 | Store::Bf16 => b.fma(w, x, sum),
         }
@@ -578,29 +578,4 @@ impl Rows {
         };
         b.load(at, scalar(elem))
     }
-}
-
-/// `sum` and the products of pairs of 16 bits of `w`, and of `x` as 32 bits, exactly.
-pub fn pairs(b: &mut Body, w: Val, x: Val, sum: Val) -> Val {
-    let p = match b.target.arch {
-        Arch::X86_64 if b.target.has(Feature::Avx512Vnni) && sum.ty.lanes == 16 => {
-            let x = b.bitcast(x, w.ty);
-            return b.intrinsic(Intrinsic::Vpdpwssd, &[sum, w, x], sum.ty);
-        }
-        Arch::X86_64 => {
-            let x = b.bitcast(x, w.ty);
-            b.intrinsic(Intrinsic::Pmaddwd, &[w, x], sum.ty)
-        }
-        _ => {
-            let w = b.bitcast(w, sum.ty);
-            let (upper_w, upper_x) = (b.shr_signed(w, 16), b.shr_signed(x, 16));
-            let [lower_w, lower_x] = [w, x].map(|v| {
-                let v = b.shl(v, 16);
-                b.shr_signed(v, 16)
-            });
-            let (upper, lower) = (b.mul(upper_w, upper_x), b.mul(lower_w, lower_x));
-            b.add(upper, lower)
-        }
-    };
-    b.add(sum, p)
 }
