@@ -101,8 +101,7 @@ impl Coded {
 
     /// The floats that constant codes stand for.
     pub fn floats(&self, m: &Module, axis: usize) -> Option<Tensor> {
-        let dims = m.consts[m.const_of(self.codes)?].shape().to_vec();
-        let shape: Vec<usize> = dims.iter().map(|&n| n as usize).collect();
+        let shape = m.consts[m.const_of(self.codes)?].shape().to_vec();
         let scales = Tensor::floats(&m.consts[m.const_of(self.scale)?]).ok()?;
         let inner = shape.iter().skip(axis + 1).product::<usize>().max(1);
         let count = scales.len().max(1);

@@ -122,9 +122,7 @@ fn of(m: &Module, op: Op) -> Option<Product> {
             }
         }
     };
-    let shape = |v: Value| -> Option<Vec<usize>> {
-        Some(m.consts[m.const_of(v)?].shape().iter().map(|&n| n as usize).collect())
-    };
+    let shape = |v: Value| -> Option<Vec<usize>> { Some(m.consts[m.const_of(v)?].shape().to_vec()) };
     let (kernels, given) = (shape(w)?, Size::shape(m.ty(x))?);
     let [images, sizes @ ..] = &given[..] else { return None };
     let known = |s: &Size| s.known().and_then(|n| usize::try_from(n).ok());

@@ -58,8 +58,11 @@ fn axis(m: &Module, op: Op) -> Option<usize> {
     usize::try_from(if axis < 0 { axis + rank as i64 } else { axis }).ok().filter(|&a| a < rank)
 }
 
+/// A constant, if it is none that is zero, and how much of it stands before each dim.
+type Padding = (Option<Value>, Vec<(usize, Size)>);
+
 /// The constant that Pad puts around its operand, none being zero, and how much of it before each dim.
-fn padding(m: &Module, op: Op) -> Option<(Option<Value>, Vec<(usize, Size)>)> {
+fn padding(m: &Module, op: Op) -> Option<Padding> {
     let data = &m.ops[op];
     let rank = m.ty(data.operand(0)?).dims()?.len();
     let list = |i: usize| -> Option<Vec<i64>> {

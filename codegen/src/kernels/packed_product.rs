@@ -159,6 +159,8 @@ pub fn product(target: &Target, form: &Form, results: usize, finish: &Finish) ->
 pub(super) fn alone(target: &Target, form: &Form) -> Rows {
     match Dot::of(target, form) {
         _ if form.int8 => Rows::Codes,
+        // 256 times the sum of a digit by codes is to fit 32 bits.
+        _ if form.group << form.bits > 1 << 16 => Rows::Floats,
         Dot::Plain => Rows::Floats,
         Dot::Pairs if form.bits == 8 => Rows::Floats,
         _ => Rows::Digits,
