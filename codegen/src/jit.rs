@@ -152,26 +152,28 @@ impl Native {
         summary.kernels = (kernels.len(), names.len());
         let loaded = (!names.is_empty()).then(|| load(&path, &names)).transpose().map_err(|e| failed(&e))?;
         let number: HashMap<&str, usize> = names.iter().enumerate().map(|(i, n)| (n.as_str(), i)).collect();
+        let mut sizes = Sizes::default();
         let ops = lowered.into_iter().map(|(op, l)| {
             let steps = l.steps.into_iter().map(|s| NativeStep {
                 kernel: number[s.kernel.name.as_str()],
                 buffers: s.buffers,
-                dims: s.dims,
-                units: s.units,
-                work: s.work,
+                dims: sizes.all(s.dims),
+                units: sizes.number(s.units),
+                work: sizes.number(s.work),
             });
-            let shape = |v: Value| Size::shape(m.ty(v));
+            let steps = steps.collect();
+            let mut shape = |v: Value| Some(sizes.all(Size::shape(m.ty(v))?));
             let operands = m.ops[op].operands.iter().flatten().map(|&v| shape(v)).collect();
             let results = m.ops[op].results.iter().flatten().map(|&v| {
                 let elem = m.ty(v).elem().expect("a kernel's result is a tensor");
                 (elem, shape(v).expect("whose shape is known"))
             });
             let results = results.collect();
-            (op, NativeOp { steps: steps.collect(), temps: l.temps, blobs: l.blobs, operands, results })
+            (op, NativeOp { steps, temps: sizes.all(l.temps), blobs: l.blobs, operands, results })
         });
         let (ops, clock) = (ops.collect(), self.clock);
         let compiled =
-            Compiled { ops, known, kernels: loaded, left, clock, costs: Mutex::default(), _dir: dir };
+            Compiled { ops, sizes, known, kernels: loaded, left, clock, costs: Mutex::default(), _dir: dir };
         Ok((m, compiled, summary))
     }
 }
@@ -227,34 +229,51 @@ fn load(path: &std::path::Path, names: &[String]) -> Result<Kernels, runtime::Ke
     unsafe { Kernels::open(path, names) }
 }
 
+/// The sizes of a model, each once, by number: layers are alike, and each is worked out when a run begins.
+#[derive(Default)]
+struct Sizes(HashMap<Size, usize>);
+
+impl Sizes {
+    fn number(&mut self, size: Size) -> usize {
+        let next = self.0.len();
+        *self.0.entry(size).or_insert(next)
+    }
+
+    fn all(&mut self, sizes: Vec<Size>) -> Vec<usize> {
+        sizes.into_iter().map(|s| self.number(s)).collect()
+    }
+
+    /// All of them, where the named dims are these.
+    fn eval(&self, dims: &HashMap<&str, u64>) -> Vec<Option<u64>> {
+        let mut out = vec![None; self.0.len()];
+        self.0.iter().for_each(|(size, &i)| out[i] = size.eval(&|name| dims.get(name).copied()));
+        out
+    }
+}
+
+/// A step of an op. Sizes by number.
 struct NativeStep {
     kernel: usize,
     buffers: Vec<Buffer>,
-    dims: Vec<Size>,
-    units: Size,
-    work: Size,
+    dims: Vec<usize>,
+    units: usize,
+    work: usize,
 }
 
+/// An op. Sizes by number.
 struct NativeOp {
     steps: Vec<NativeStep>,
-    temps: Vec<Size>,
+    temps: Vec<usize>,
     blobs: Vec<Blob>,
     /// The dims of each operand; `None` where nothing is known of them, nor asked.
-    operands: Vec<Option<Vec<Size>>>,
-    results: Vec<(Elem, Vec<Size>)>,
-}
-
-/// The sizes of a [`NativeOp`] in one run.
-struct Sizes {
-    temps: Vec<u64>,
-    results: Vec<Vec<u64>>,
-    /// Of each step those that the kernel expects, its units, and what a unit takes.
-    steps: Vec<(Vec<u64>, u64, u64)>,
+    operands: Vec<Option<Vec<usize>>>,
+    results: Vec<(Elem, Vec<usize>)>,
 }
 
 /// The compiled ops of a module.
 pub struct Compiled {
     ops: HashMap<Op, NativeOp>,
+    sizes: Sizes,
     known: Named,
     kernels: Option<Kernels>,
     /// The ops that are the interpreter's, by name.
@@ -270,36 +289,32 @@ impl NativeOp {
         &self,
         kernels: (&Kernels, &Team),
         operands: &[Option<Item>],
-        dims: &HashMap<&str, u64>,
+        sizes: &[Option<u64>],
     ) -> Option<Evaluated> {
-        let size = |s: &Size| s.eval(&|name| dims.get(name).copied());
         let operands: Vec<&Tensor> =
             operands.iter().map(|o| o.as_ref()?.tensor().ok()).collect::<Option<_>>()?;
         for (shape, t) in self.operands.iter().zip(&operands) {
             let Some(shape) = shape else { continue };
-            let same = |(s, &n): (&Size, &usize)| size(s) == Some(n as u64);
+            let same = |(&s, &n): (&usize, &usize)| sizes[s] == Some(n as u64);
             if shape.len() != t.rank() || !shape.iter().zip(t.shape()).all(same) {
                 return None;
             }
         }
-        let all = |sizes: &[Size]| sizes.iter().map(&size).collect::<Option<Vec<u64>>>();
-        let step = |s: &NativeStep| Some((all(&s.dims)?, size(&s.units)?, size(&s.work)?));
-        let sizes = Sizes {
-            temps: all(&self.temps)?,
-            results: self.results.iter().map(|r| all(&r.1)).collect::<Option<_>>()?,
-            steps: self.steps.iter().map(step).collect::<Option<_>>()?,
-        };
-        Some(self.compute(kernels, &operands, &sizes))
+        let steps = self.steps.iter().flat_map(|s| s.dims.iter().chain([&s.units, &s.work]));
+        let shapes = self.results.iter().flat_map(|r| &r.1);
+        let mut used = self.temps.iter().chain(shapes).chain(steps);
+        used.all(|&s| sizes[s].is_some()).then(|| self.compute(kernels, &operands, sizes))
     }
 
-    fn compute(&self, kernels: (&Kernels, &Team), operands: &[&Tensor], sizes: &Sizes) -> Evaluated {
-        let mut temps: Vec<Vec<u8>> = sizes.temps.iter().map(|&n| vec![0u8; n as usize]).collect();
+    /// Every size is known.
+    fn compute(&self, kernels: (&Kernels, &Team), operands: &[&Tensor], sizes: &[Option<u64>]) -> Evaluated {
+        let size = |&s: &usize| sizes[s].expect("a size that was looked at");
+        let mut temps: Vec<Vec<u8>> = self.temps.iter().map(|s| vec![0u8; size(s) as usize]).collect();
         let mut results: Vec<(Data, Vec<usize>)> = self
             .results
             .iter()
-            .zip(&sizes.results)
-            .map(|((elem, _), shape)| {
-                let shape: Vec<usize> = shape.iter().map(|&n| n as usize).collect();
+            .map(|(elem, shape)| {
+                let shape: Vec<usize> = shape.iter().map(|s| size(s) as usize).collect();
                 let count = dialects::kernels::strided::count(&shape)?;
                 let data =
                     memory::room(*elem, count).ok_or_else(|| OpError::invalid("an unknown element"))?;
@@ -307,7 +322,7 @@ impl NativeOp {
             })
             .collect::<Result<_, OpError>>()?;
         let fault = AtomicI32::new(0);
-        for (step, (dims, units, work)) in self.steps.iter().zip(&sizes.steps) {
+        for step in &self.steps {
             let mut buffers = Vec::with_capacity(step.buffers.len());
             for b in &step.buffers {
                 // Kernels only read operands and blobs.
@@ -324,9 +339,10 @@ impl NativeOp {
                     Buffer::Fault => fault.as_ptr().cast(),
                 });
             }
-            if *units > 0 {
-                let dims: Vec<i64> = dims.iter().map(|&n| n as i64).collect();
-                let (units, work) = (*units as usize, *work);
+            let units = size(&step.units) as usize;
+            if units > 0 {
+                let dims: Vec<i64> = step.dims.iter().map(|s| size(s) as i64).collect();
+                let work = size(&step.work);
                 let call = Call { kernel: step.kernel, buffers: &buffers, dims: &dims, units, work };
                 run(kernels, &call);
             }
@@ -359,7 +375,7 @@ impl Natives for Compiled {
     fn start<'a>(&'a self, given: &[(Value, Item)]) -> Box<dyn Calls + 'a> {
         Box::new(Session {
             compiled: self,
-            dims: self.known.bind(given),
+            sizes: self.sizes.eval(&self.known.bind(given)),
             team: Team::new(),
             start: self.now(),
         })
@@ -369,7 +385,7 @@ impl Natives for Compiled {
 /// A run.
 struct Session<'a> {
     compiled: &'a Compiled,
-    dims: HashMap<&'a str, u64>,
+    sizes: Vec<Option<u64>>,
     team: Team,
     start: u64,
 }
@@ -386,7 +402,7 @@ impl Drop for Session<'_> {
 impl Calls for Session<'_> {
     fn call(&self, op: Op, operands: &[Option<Item>]) -> Option<Evaluated> {
         let native = self.compiled.ops.get(&op)?;
-        native.run((self.compiled.kernels.as_ref()?, &self.team), operands, &self.dims)
+        native.run((self.compiled.kernels.as_ref()?, &self.team), operands, &self.sizes)
     }
 
     fn leave(&self, op: Op, compute: &mut dyn FnMut()) {
