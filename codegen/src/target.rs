@@ -120,9 +120,11 @@ impl Target {
         NAMED.iter().filter(move |t| t.1 == arch).map(|t| t.0)
     }
 
-    /// This machine, as its processor describes itself.
+    /// This machine, as its processor describes itself; without tiles, whose code no processor has run yet: they are used
+    /// where they are asked for by name.
     pub fn native() -> Target {
-        let (arch, features) = runtime::cpu::native();
+        let (arch, mut features) = runtime::cpu::native();
+        features.remove(&AmxInt8);
         Target { name: "native".to_owned(), arch, features, machine: None }
     }
 
