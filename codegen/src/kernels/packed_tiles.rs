@@ -2,8 +2,8 @@
 //!
 //! Codes of some groups of four blocks of 16 rows of W are decoded once, to bytes or floats, four columns of K or one after
 //! another, and are then multiplied by tile after tile of rows of X. So the inner loop has loads, products and sums only, and
-//! its sums of one group are in registers; those of all groups are on the stack. A row's sums are made as they are for one row
-//! alone.
+//! its sums of one group are in registers; those of all groups are on the stack. Sums of int8 codes are
+//! made as they are for one row alone, to the bit.
 
 use super::Args;
 use super::packed::{CHUNK, ROWS};
