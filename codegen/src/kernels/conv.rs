@@ -11,7 +11,7 @@
 
 use super::coded::{Coded, signed};
 use super::epilogue::{Epilogue, Spot};
-use super::planes::{Cell, Place, Planes};
+use super::planes::{Cell, Place, Planes, TAPS};
 use super::{Args, Blob, Buffer, Kernel, Lowered, Step, elementwise, fours, pointwise, quantize};
 use crate::fuse::Fused;
 use crate::layout::View;
@@ -28,8 +28,6 @@ const FILTERS: usize = 4;
 const WIDEST: usize = 6;
 /// Positions of a unit, or so.
 const POSITIONS: usize = 256;
-/// Cells of a window that are written out one by one; more are a loop.
-const TAPS: usize = 16;
 
 /// A convolution: what it reads, and what it makes of sums.
 struct Product {

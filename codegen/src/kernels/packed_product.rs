@@ -172,17 +172,21 @@ fn together(form: &Form) -> Rows {
     if form.int8 { Rows::Codes } else { Rows::Floats }
 }
 
+/// The product of many rows, for its sizes.
+fn sizes<'f>(target: &Target, form: &'f Form) -> Product<'f> {
+    Product::new(target, form, together(form), &|_, _, _, _, _, sums| vec![sums])
+}
+
 /// Of so many rows those that are multiplied with others.
 pub(super) fn tiled(b: &mut Body, form: &Form, rows: Val) -> Val {
-    let product = Product::new(b.target, form, together(form), &|_, _, _, _, _, sums| vec![sums]);
+    let product = sizes(b.target, form);
     let zero = b.size(0);
     if product.tiles() { b.whole_steps(zero, rows, product.tile) } else { zero }
 }
 
 /// The units of a product of so many rows: each is 64 outputs of some rows.
 pub fn units(target: &Target, form: &Form, rows: Size) -> Size {
-    let most = Product::new(target, form, together(form), &|_, _, _, _, _, sums| vec![sums]).most();
-    Size::from(form.blocks().div_ceil(BLOCKS)) * rows.div_up(most as u64)
+    Size::from(form.blocks().div_ceil(BLOCKS)) * rows.div_up(sizes(target, form).most() as u64)
 }
 
 pub(super) struct Product<'f> {

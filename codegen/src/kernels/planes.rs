@@ -15,6 +15,9 @@ use crate::target::Target;
 use crate::text::{Body, Cmp, Scalar, Ty, Val, scalar};
 use dialects::onnx::Sliding;
 
+/// Cells of a window that are written out one by one; more are a loop.
+pub const TAPS: usize = 16;
+
 /// What an element of a plane is.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Cell {

@@ -4,7 +4,7 @@
 //! Codes are counted in floats, which hold them exactly. Cells are added up in order, as the interpreter does.
 
 use super::epilogue::{Epilogue, Spot};
-use super::planes::{Cell, Planes};
+use super::planes::{Cell, Planes, TAPS};
 use super::{Blob, Buffer, Kernel, Lowered, Step, elementwise, pointwise};
 use crate::fuse::Fused;
 use crate::size::Size;
@@ -15,8 +15,6 @@ use dialects::onnx::{Sliding, Window};
 
 /// Vectors of positions at a time.
 const WIDE: usize = 4;
-/// Cells of a window that are written out one by one; more are a loop.
-const TAPS: usize = 16;
 
 /// A pool: what it reads, the windows, and channels of all images.
 struct Pool {
